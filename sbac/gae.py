@@ -161,3 +161,18 @@ def _check_shapes(reward: Tensor, **others: Tensor) -> None:
                 f"{name} has shape {tuple(tensor.shape)}, but reward has shape {tuple(shape)}: "
                 "all arguments must have the same shape, (T,) or (T, N)."
             )
+
+
+def explained_variance(value: Tensor, return_: Tensor) -> Tensor:
+    """How much of the returns' variance the values explain: 1 - Var[R - V] / Var[R].
+
+    Args:
+        value: V(s), any shape.
+        return_: R, the same shape.
+
+    Returns:
+        A scalar: 1 is perfect, 0 no better than a constant, below 0 worse. 0 where the returns do not vary.
+    """
+    spread = return_.var(correction=0)
+    explained = 1 - (return_ - value).var(correction=0) / spread
+    return torch.where(spread > 0, explained, torch.zeros_like(spread))

@@ -1,0 +1,25 @@
+"""sbac: actor-critic reinforcement learning in PyTorch.
+
+>>> from sbac import A2C
+>>> model = A2C("MlpPolicy", "CartPole-v1").learn(1_000)
+"""
+
+from sbac.a2c import A2C
+from sbac.archive import ArchiveError
+from sbac.ddpg import DDPG
+from sbac.evaluation import evaluate_policy
+from sbac.guards import EnvironmentFault, NotFiniteError
+from sbac.loading import inspect, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "A2C",
+    "DDPG",
+    "ArchiveError",
+    "EnvironmentFault",
+    "NotFiniteError",
+    "evaluate_policy",
+    "inspect",
+    "load",
+]

@@ -1,0 +1,229 @@
+"""A2C: Advantage Actor-Critic, the lock-step form of A3C.
+
+Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", arXiv:1602.01783, Algorithm S3, with n
+environments in one process in place of n asynchronous workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sbac.base import BaseAlgorithm
+from sbac.buffers import RolloutBatch, RolloutBuffer
+from sbac.callbacks import MaybeCallback
+from sbac.envs import EnvironmentLike
+from sbac.gae import explained_variance, gae
+from sbac.guards import require_number, require_whole
+from sbac.policies import StochasticActorCritic, check_observation_space
+from sbac.schedules import FloatOrSchedule
+
+
+class A2C(BaseAlgorithm):
+    """Advantage Actor-Critic. With `n_steps=1` it is the one-step actor-critic.
+
+    Any float may also be a schedule (`sbac.schedules`), a function of the progress that remains.
+
+    Args:
+        policy: "MlpPolicy", or a policy class.
+        env: An id, an environment, a factory or a list of them, or a vector environment.
+        learning_rate: Step size of the optimizer, above 0.
+        n_steps: Steps of each environment between two updates (t_max), at least 1.
+        gamma: Discount factor, in [0, 1].
+        gae_lambda: In [0, 1]. 1 gives n-step returns as in the paper, 0 the one-step TD estimate.
+        ent_coef: Weight of the entropy bonus (beta), at least 0.
+        vf_coef: Weight of the value loss, at least 0.
+        max_grad_norm: Gradients are scaled down to this norm, above 0; None leaves them.
+        rms_prop_eps: Epsilon of RMSprop.
+        use_rms_prop: RMSprop as in the paper; False takes Adam. `policy_kwargs` with ``optimizer_class`` overrides.
+        normalize_advantage: Scale the advantages of each update to mean 0 and deviation 1.
+        n_envs: How many environments to make from an id or a factory.
+        rollout_buffer_class: In place of `RolloutBuffer`.
+        rollout_buffer_kwargs: Its further arguments.
+        stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
+        tensorboard_log: Folder for event files, or None.
+        policy_kwargs: Further arguments of the policy, and ``optimizer_class``, ``optimizer_kwargs``.
+        verbose: 0 is silent, 1 prints a table as training goes.
+        seed: Fixes every random number, or None.
+        device: "cpu", "cuda", ... or "auto".
+    """
+
+    policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {"MlpPolicy": StochasticActorCritic}
+    policy: StochasticActorCritic
+
+    def __init__(
+        self,
+        policy: str | type[nn.Module],
+        env: EnvironmentLike,
+        learning_rate: FloatOrSchedule = 7e-4,
+        n_steps: int = 5,
+        gamma: FloatOrSchedule = 0.99,
+        gae_lambda: FloatOrSchedule = 1.0,
+        ent_coef: FloatOrSchedule = 0.0,
+        vf_coef: FloatOrSchedule = 0.5,
+        max_grad_norm: FloatOrSchedule | None = 0.5,
+        rms_prop_eps: float = 1e-5,
+        use_rms_prop: bool = True,
+        normalize_advantage: bool = False,
+        n_envs: int = 1,
+        rollout_buffer_class: type[RolloutBuffer] = RolloutBuffer,
+        rollout_buffer_kwargs: Mapping[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: Mapping[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+    ) -> None:
+        require_number("learning_rate", learning_rate, above=0)
+        self.n_steps = require_whole("n_steps", n_steps, 1)
+        require_number("gamma", gamma, minimum=0, maximum=1)
+        require_number("gae_lambda", gae_lambda, minimum=0, maximum=1)
+        require_number("ent_coef", ent_coef, minimum=0)
+        require_number("vf_coef", vf_coef, minimum=0)
+        if max_grad_norm is not None:
+            require_number("max_grad_norm", max_grad_norm, above=0)
+        require_number("rms_prop_eps", rms_prop_eps, above=0)
+        self.learning_rate = learning_rate
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.ent_coef = ent_coef
+        self.vf_coef = vf_coef
+        self.max_grad_norm = max_grad_norm
+        self.rms_prop_eps = rms_prop_eps
+        self.use_rms_prop = use_rms_prop
+        self.normalize_advantage = normalize_advantage
+        self.rollout_buffer_class = rollout_buffer_class
+        self.rollout_buffer_kwargs = dict(rollout_buffer_kwargs or {})
+        super().__init__(
+            policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device
+        )
+
+        network_kwargs = dict(self.policy_kwargs)
+        optimizer_class = network_kwargs.pop("optimizer_class", None)
+        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
+        if optimizer_class is None:
+            rms_prop_kwargs = {"alpha": 0.99, "eps": rms_prop_eps}
+            optimizer_class = torch.optim.RMSprop if use_rms_prop else torch.optim.Adam
+            optimizer_kwargs = {**(rms_prop_kwargs if use_rms_prop else {"eps": 1e-5}), **optimizer_kwargs}
+        self.policy = self._make_policy(**network_kwargs)
+        self.policy.set_optimizer(optimizer_class, self._now(learning_rate), **optimizer_kwargs)
+        self.rollout_buffer = rollout_buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+        self._n_rollouts = 0
+
+    def learn(
+        self,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 100,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        if reset_num_timesteps:
+            self.rollout_buffer.reset()
+            self._n_rollouts = 0
+        with self._training(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+        ) as callback:
+            while self.num_timesteps < self._total_timesteps or self.rollout_buffer.pos > 0:
+                if self.rollout_buffer.pos == 0:
+                    callback.on_rollout_start()
+
+                # Roll out: n_steps of every environment, fewer where total_timesteps ends.
+                while not self.rollout_buffer.full and self.num_timesteps < self._total_timesteps:
+                    # Act: a ~ pi(.|s).
+                    obs = self._obs
+                    self.policy.set_training_mode(False)
+                    action = self.policy.act(obs, deterministic=False, generator=self._act_generator)
+
+                    # Step: `successor` is the true s'; `obs` is where to act next.
+                    step = self.env.step(action)
+                    self.rollout_buffer.add(obs, action, step)
+                    if not self._after_step(callback, action, step):
+                        return self
+                callback.on_rollout_end()
+
+                # Learn: one gradient step from all of it.
+                self.policy.set_training_mode(True)
+                self.policy.set_learning_rate(self._now(self.learning_rate))
+                if self.rollout_buffer.size() > 0:
+                    self._log(self._update(self.rollout_buffer.get()))
+                self.rollout_buffer.reset()
+                self._n_rollouts += 1
+                self._dump_if_due(self._n_rollouts)
+        return self
+
+    def _update(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """One gradient step on T steps of n environments.
+
+        Args:
+            batch: obs (T n, *obs_shape), action (T n, *action_shape), reward, terminated, truncated (T, n).
+
+        Returns:
+            The losses and what tells how learning goes, as scalars.
+        """
+        value, log_prob, entropy = self.policy.evaluate_actions(batch.obs, batch.action)  # (T n,) each
+
+        # A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t);
+        # R_t = A_t + V(s_t). With lambda = 1: R_t = r_t + ... + gamma^k V(s_{t+k}), Algorithm S3.
+        with torch.no_grad():
+            state_value = value.view_as(batch.reward)  # (T, n)
+            next_value = state_value.roll(-1, dims=0)
+            next_value[batch.bootstrap_index] = self.policy.predict_values(batch.bootstrap_obs)
+            advantage, return_ = gae(
+                batch.reward,
+                batch.terminated,
+                batch.truncated,
+                state_value,
+                next_value,
+                self._now(self.gamma),
+                self._now(self.gae_lambda),
+            )
+        kept = batch.kept
+        value, log_prob, entropy = value[kept], log_prob[kept], entropy[kept]
+        advantage, return_ = advantage.flatten()[kept], return_.flatten()[kept]  # (T n,)
+        if self.normalize_advantage and len(advantage) > 1:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+        # dtheta: grad log pi(a_t|s_t) A_t + beta grad H(pi(.|s_t)); dtheta_v: grad (R_t - V(s_t))^2
+        policy_loss = -(advantage * log_prob).mean()
+        entropy_loss = -entropy.mean()
+        value_loss = functional.mse_loss(value, return_)
+        loss = policy_loss + self._now(self.ent_coef) * entropy_loss + self._now(self.vf_coef) * value_loss
+        max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
+        grad_norm = self.policy.descend(loss, max_grad_norm)
+
+        return {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy_loss": entropy_loss,
+            "grad_norm": grad_norm,
+            "explained_variance": explained_variance(value.detach(), return_),
+        }
+
+    def _check_spaces(self) -> None:
+        if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
+            raise ValueError(f"A2C acts in a Box or Discrete space, not in {self.action_space}")
+        check_observation_space(self.observation_space, "A2C")
+
+    def _buffers(self) -> dict[str, Any]:
+        return {"rollout_buffer": self.rollout_buffer}
+
+    def _record_more(self) -> None:
+        self.logger.record("time/iterations", self._n_rollouts)
+        self.logger.record("train/learning_rate", self._now(self.learning_rate))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", float(self.policy.log_std.detach().exp().mean()))

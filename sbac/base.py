@@ -1,0 +1,591 @@
+"""`BaseAlgorithm`: everything that is the same whichever algorithm learns.
+
+Construction, the frame around `learn`, `predict`, saving and loading, seeds, schedules and episode statistics. What an
+algorithm is stands in its own file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import time
+from abc import ABC, ABCMeta, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sbac import checkpoint
+from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
+from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, Step, make_environments
+from sbac.guards import NotFiniteError, all_finite, nearest, require_whole
+from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
+from sbac.optimization import Trainable
+from sbac.schedules import FloatOrSchedule, value_at
+
+PathLike = str | Path
+
+
+class _ChecksNames(ABCMeta):
+    """Refuses hyperparameters that an algorithm does not have, with the nearest that it has."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = inspect.signature(cls.__init__).parameters
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{nearest(name, list(known)[1:])}")
+        return super().__call__(*args, **kwargs)
+
+
+class _LoadsEitherWay:
+    """``DDPG.load(path)`` returns a new model; ``model.load(path)`` loads into the model."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        bound = functools.partial(self._function, owner, instance)
+        return functools.update_wrapper(bound, self._function)
+
+
+class BaseAlgorithm(ABC, metaclass=_ChecksNames):
+    """What all algorithms share.
+
+    A subclass keeps each argument of its constructor as an attribute of the same name; that is what is saved.
+
+    Args:
+        policy: The name of a policy in `policy_aliases`, or a class.
+        env: What `sbac.envs.make_environments` takes, or `Spaces`.
+        n_envs: How many environments to make from an id or a factory.
+        stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
+        tensorboard_log: Folder for event files, or None.
+        policy_kwargs: Further arguments of the policy.
+        verbose: 0 is silent, 1 prints a table as training goes.
+        seed: Fixes every random number, or None for other ones each time.
+        device: "cpu", "cuda", ... or "auto".
+
+    Attributes:
+        num_timesteps: Transitions collected since the counter was last reset, over all environments.
+        n_updates: Gradient steps made.
+        n_episodes: Episodes finished since the counter was last reset.
+        ep_info_buffer: The last episodes, each ``{"r": return, "l": length, "t": seconds since the start}``.
+    """
+
+    policy_aliases: ClassVar[Mapping[str, type[nn.Module]]]
+    policy: Any
+    env: Environments  # None in a model that was loaded without environments
+
+    def __init__(
+        self,
+        policy: str | type[nn.Module],
+        env: EnvironmentLike | Spaces,
+        n_envs: int,
+        stats_window_size: int,
+        tensorboard_log: str | None,
+        policy_kwargs: Mapping[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+        device: torch.device | str,
+    ) -> None:
+        self.policy_class = self._policy_class(policy)
+        self._policy_argument = policy
+        self.policy_kwargs = dict(policy_kwargs or {})
+        if seed is not None:
+            seed = require_whole("seed", seed, 0)
+        self.seed = seed
+        self.verbose = verbose
+        self.tensorboard_log = tensorboard_log
+        self.stats_window_size = require_whole("stats_window_size", stats_window_size, 1)
+        self.device = self._device(device)
+
+        if isinstance(env, Spaces):
+            self.env = None  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.n_envs = env
+        else:
+            self.env = make_environments(env, n_envs)
+            self.observation_space = self.env.observation_space
+            self.action_space = self.env.action_space
+            self.n_envs = self.env.num_envs
+        self._check_spaces()
+        self._codec = ActionCodec(self.action_space)
+
+        # Every random number of a model comes from one of these; the global generators are left alone.
+        seeds = np.random.SeedSequence(seed).generate_state(5)
+        self._network_seed, self._env_seed = int(seeds[0]), int(seeds[1])
+        self.generator = np.random.default_rng(seeds[2])  # exploration and replay
+        self._act_generator = torch.Generator().manual_seed(int(seeds[3]))  # actions while training
+        self._predict_generator = torch.Generator().manual_seed(int(seeds[4]))  # actions for others
+
+        self.num_timesteps = 0
+        self.n_updates = 0
+        self.n_episodes = 0
+        self._total_timesteps = 0
+        self._obs: Any = None  # what to act on next, (n_envs, *obs_shape)
+        self._reset_count = -1
+        self.ep_info_buffer: deque[dict[str, float]] = deque(maxlen=self.stats_window_size)
+        self.ep_success_buffer: deque[float] = deque(maxlen=self.stats_window_size)
+        self._episode_return = np.zeros(self.n_envs)
+        self._episode_length = np.zeros(self.n_envs, dtype=np.int64)
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+        self._logger: Logger | None = None
+
+    # What an algorithm provides.
+
+    @abstractmethod
+    def learn(
+        self,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 100,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train for a number of transitions, counted over all environments.
+
+        Args:
+            total_timesteps: Transitions to collect, at least 1; exact, but for up to n_envs - 1 more.
+            callback: A `BaseCallback`, a function of ``(locals, globals)`` that returns False to stop, or a list.
+            log_interval: Rollouts (A2C) or episodes (DDPG) between two rows of the log.
+            tb_log_name: Name of the run below `tensorboard_log`; the algorithm's by default.
+            reset_num_timesteps: Whether to count from 0 and begin new episodes. False goes on where the last
+                `learn` stopped, with the same episodes.
+            progress_bar: Show progress in the terminal.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            EnvironmentFault: An environment failed; the message names it and the step.
+            NotFiniteError: NaN or infinity somewhere; the weights are those of before.
+        """
+
+    @abstractmethod
+    def _check_spaces(self) -> None:
+        """Refuse spaces that the algorithm cannot handle."""
+
+    def _buffers(self) -> dict[str, Any]:
+        """The buffers by name, for a full checkpoint: each has `get_state` and `set_state`."""
+        return {}
+
+    # Construction.
+
+    def _policy_class(self, policy: str | type[nn.Module]) -> type[nn.Module]:
+        if not isinstance(policy, str):
+            return policy
+        if policy not in self.policy_aliases:
+            raise ValueError(f"{type(self).__name__} has no policy {policy!r}{nearest(policy, self.policy_aliases)}")
+        return self.policy_aliases[policy]
+
+    def _device(self, device: torch.device | str) -> torch.device:
+        # A small network on a GPU waits for the GPU; images arrive with the policies that read them.
+        try:
+            return torch.device("cpu" if device == "auto" else device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or another name torch knows, not {device!r}") from error
+
+    def _make_policy(self, **kwargs: Any) -> Any:
+        """Build the policy with its own random numbers, and name what `policy_kwargs` gets wrong."""
+        known = list(inspect.signature(self.policy_class).parameters)
+        for name in kwargs:
+            if name not in known:
+                raise ValueError(
+                    f"policy_kwargs: {self.policy_class.__name__} has no argument {name!r}{nearest(name, known)}"
+                )
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(self._network_seed)
+            return self.policy_class(self.observation_space, self.action_space, self.device, **kwargs)
+
+    # The frame around learning.
+
+    @contextlib.contextmanager
+    def _training(
+        self,
+        total_timesteps: float,
+        callback: MaybeCallback,
+        log_interval: int,
+        tb_log_name: str | None,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> Iterator[BaseCallback]:
+        """Set everything up for learning, and put everything away after it, whatever ends it."""
+        if self.env is None:
+            raise ValueError("this model has no environment to learn in: call set_env(env) or load(path, env=env)")
+        steps = require_whole("total_timesteps", total_timesteps, 1)
+        self._log_interval = require_whole("log_interval", log_interval, 1)
+        prepared = make_callback(callback, progress_bar)
+
+        if reset_num_timesteps:
+            self.num_timesteps = 0
+            self.n_episodes = 0
+        self._total_timesteps = self.num_timesteps + steps
+        if reset_num_timesteps or self._obs is None or self.env.reset_count != self._reset_count:
+            self._start_episodes(self.env)
+        self._setup_logger(tb_log_name or type(self).__name__, reset_num_timesteps)
+        self._start_time = time.perf_counter()
+        self._start_timesteps = self.num_timesteps
+        self._last_logged = (0, self.num_timesteps)
+
+        prepared.init_callback(self)
+        try:
+            prepared.on_training_start({"self": self, "total_timesteps": steps}, globals())
+            yield prepared
+            if self._summed:
+                self._dump_logs()
+            prepared.on_training_end()
+        finally:
+            prepared.close()
+
+    def _start_episodes(self, env: Environments) -> None:
+        """Begin a new episode everywhere. The first ones are seeded; later ones go on with the same generators."""
+        self._obs = env.reset(self._env_seed if self._reset_count < 0 and self.seed is not None else None)
+        self._reset_count = env.reset_count
+        self._episode_return[:] = 0
+        self._episode_length[:] = 0
+
+    def _after_step(self, callback: BaseCallback, action: np.ndarray, step: Step) -> bool:
+        """Count a step, keep its observations, and ask the callback whether to go on."""
+        self._obs = step.obs
+        self.num_timesteps += int(np.count_nonzero(step.valid))
+        self._episode_return += step.reward
+        self._episode_length += step.valid
+        ended = step.terminated | step.truncated
+        if ended.any():
+            self._end_episodes(np.flatnonzero(ended), step)
+        callback.update_locals(
+            {
+                "actions": action,
+                "new_obs": step.obs,
+                "rewards": step.reward,
+                "dones": ended,
+                "infos": step.infos,
+                "step": step,
+            }
+        )
+        return callback.on_step()
+
+    def _end_episodes(self, indices: Iterable[int], step: Step) -> None:
+        seconds = round(time.perf_counter() - self._start_time, 6)
+        for i in indices:
+            info = step.infos[i]
+            # A wrapper that records episodes below a wrapper that changes rewards knows the true return.
+            episode = info.get("episode") or {
+                "r": float(self._episode_return[i]),
+                "l": int(self._episode_length[i]),
+                "t": seconds,
+            }
+            self.ep_info_buffer.append(episode)
+            if hasattr(step.infos, "ends"):
+                step.infos.ends[int(i)]["episode"] = episode
+            if "is_success" in info:
+                self.ep_success_buffer.append(float(info["is_success"]))
+            self._episode_return[i] = 0
+            self._episode_length[i] = 0
+            self.n_episodes += 1
+
+    def _now(self, value: FloatOrSchedule) -> float:
+        """A hyperparameter's present value: itself, or what its schedule says of the progress so far."""
+        if not callable(value):
+            return value
+        return value_at(value, 1.0 - self.num_timesteps / max(self._total_timesteps, 1))
+
+    # Logging.
+
+    @property
+    def logger(self) -> Logger:
+        """Where numbers go. Before `learn`, or without verbose and tensorboard_log, one without outputs."""
+        if self._logger is None:
+            self._logger = Logger(None, [])
+        return self._logger
+
+    def set_logger(self, logger: Logger) -> None:
+        """Log to `logger`; the table of `verbose` and the event file of `tensorboard_log` are added to it."""
+        self._logger = logger
+
+    def _setup_logger(self, name: str, is_new_run: bool) -> None:
+        kinds = {type(output) for output in self.logger.output_formats}
+        if self.verbose >= 1 and HumanOutputFormat not in kinds:
+            self.logger.add_output(HumanOutputFormat())
+        if self.tensorboard_log is not None and TensorBoardOutputFormat not in kinds:
+            self.logger.add_output(TensorBoardOutputFormat(_run_folder(Path(self.tensorboard_log), name, is_new_run)))
+
+    def _log(self, numbers: Mapping[str, Tensor]) -> None:
+        """Remember the numbers of one update; the log shows their means since its last row."""
+        self.n_updates += 1
+        self._summed += 1
+        for name, value in numbers.items():
+            if name in self._sums:
+                self._sums[name] += value.detach()
+            else:
+                self._sums[name] = value.detach().clone()
+
+    def _dump_if_due(self, count: int) -> None:
+        """Write a row of the log every `log_interval` counts, and at least every 10 000 transitions."""
+        if count - self._last_logged[0] >= self._log_interval or self.num_timesteps - self._last_logged[1] >= 10_000:
+            self._last_logged = (count, self.num_timesteps)
+            self._dump_logs()
+
+    def _dump_logs(self) -> None:
+        record = self.logger.record
+        if self.ep_info_buffer:
+            record("rollout/ep_rew_mean", float(np.mean([episode["r"] for episode in self.ep_info_buffer])))
+            record("rollout/ep_len_mean", float(np.mean([episode["l"] for episode in self.ep_info_buffer])))
+        if self.ep_success_buffer:
+            record("rollout/success_rate", float(np.mean(self.ep_success_buffer)))
+        elapsed = max(time.perf_counter() - self._start_time, 1e-9)
+        record("time/fps", int((self.num_timesteps - self._start_timesteps) / elapsed))
+        record("time/time_elapsed", round(elapsed, 3))
+        record("time/episodes", self.n_episodes)
+        record("time/total_timesteps", self.num_timesteps)
+        for name, total in self._sums.items():
+            record(f"train/{name}", float(total) / self._summed)
+        record("train/n_updates", self.n_updates)
+        self._sums, self._summed = {}, 0
+        self._record_more()
+        self.logger.dump(self.num_timesteps)
+
+    def _record_more(self) -> None:
+        """What one algorithm logs beyond the means of its updates' numbers."""
+
+    # Acting.
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """The policy's action.
+
+        Args:
+            observation: One observation, (*obs_shape), or a batch, (n, *obs_shape).
+            state: Of a recurrent policy; passed through by the others.
+            episode_start: For recurrent policies: where an episode begins, (n,) bool.
+            deterministic: The most probable action, or a draw. Drawing here changes nothing in training.
+
+        Returns:
+            The action in the environment's own units, (*action_shape) or (n, *action_shape), and the state.
+
+        Raises:
+            ValueError: The observation does not have the shape of the observation space.
+            NotFiniteError: The observation holds NaN or infinity.
+        """
+        space = self.observation_space
+        obs = np.asarray(observation)
+        shape = space.shape or ()
+        single = obs.shape == shape
+        if not single and obs.shape[1:] != shape or obs.dtype.kind not in "fiub":
+            raise ValueError(
+                f"predict: the observation has shape {obs.shape} and dtype {obs.dtype}; the model was made for {space}: "
+                f"pass shape {shape}, or {('n', *shape)} for a batch"
+            )
+        obs = obs.astype(space.dtype, copy=False)
+        if not all_finite(obs):
+            raise NotFiniteError(f"predict: the observation holds NaN or infinity: {obs}")
+        self.policy.set_training_mode(False)
+        action = self.policy.act(obs[None] if single else obs, deterministic, self._predict_generator)
+        native = self._codec.to_env(action)
+        return (native[0] if single else native), state
+
+    # Environments.
+
+    def get_env(self) -> Any:
+        """The vector environment that the model learns in, or None."""
+        return None if self.env is None else self.env.env
+
+    def set_env(self, env: EnvironmentLike, force_reset: bool = True) -> None:
+        """Learn in other environments from now on, beginning with new episodes.
+
+        Args:
+            env: What the constructor takes, with the same spaces and number of environments.
+            force_reset: Accepted for scripts written for Stable-Baselines; new episodes are always begun.
+
+        Raises:
+            ValueError: Spaces or number of environments differ.
+        """
+        new = make_environments(env, 1 if isinstance(env, (list, tuple)) else self._n_to_make(env))
+        self._require_same_spaces(new)
+        if new.num_envs != self.n_envs:
+            raise ValueError(f"set_env: the model works with {self.n_envs} environments at once, got {new.num_envs}")
+        self.env = new
+        self._obs = None
+        self._reset_count = -1
+
+    def _n_to_make(self, env: EnvironmentLike) -> int:
+        return self.n_envs if isinstance(env, str) or (callable(env) and not hasattr(env, "step")) else 1
+
+    def _require_same_spaces(self, env: Environments) -> None:
+        for what, own, given in (
+            ("observation", self.observation_space, env.observation_space),
+            ("action", self.action_space, env.action_space),
+        ):
+            if own != given:
+                raise ValueError(
+                    f"the environment has another {what} space than the model: the model was made for {own}, "
+                    f"the environment has {given}"
+                )
+
+    def close(self) -> None:
+        """Close environments and logger."""
+        if self.env is not None:
+            self.env.close()
+        self.logger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # Parameters and files.
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """The state of the policy and of each optimizer, by name, as torch's `state_dict` gives it."""
+        states: dict[str, dict[str, Any]] = {"policy": self.policy.state_dict()}
+        for name, network in self._trained().items():
+            states[f"{name}.optimizer"] = network.optimizer.state_dict()
+        return states
+
+    def set_parameters(
+        self,
+        load_path_or_dict: PathLike | Mapping[str, Mapping[str, Any]],
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """Take over parameters.
+
+        Args:
+            load_path_or_dict: A model file, or what `get_parameters` returned.
+            exact_match: Whether every state must be there, with every name in it.
+            device: Accepted for scripts written for Stable-Baselines; parameters go where the model is.
+
+        Raises:
+            ValueError: Names are unknown or, with `exact_match`, missing, or shapes differ. Nothing is changed then.
+        """
+        if not isinstance(load_path_or_dict, Mapping):
+            load_path_or_dict = type(self).load(load_path_or_dict).get_parameters()
+        own = self.get_parameters()
+        unknown = sorted(set(load_path_or_dict) - set(own))
+        missing = sorted(set(own) - set(load_path_or_dict))
+        if unknown or (exact_match and missing):
+            raise ValueError(f"set_parameters: unknown {unknown}, missing {missing if exact_match else []}; known: {sorted(own)}")
+        if "policy" in load_path_or_dict:
+            checkpoint.load_policy(self.policy, load_path_or_dict["policy"], exact_match)
+        for name, network in self._trained().items():
+            if f"{name}.optimizer" in load_path_or_dict:
+                network.optimizer.load_state_dict(dict(load_path_or_dict[f"{name}.optimizer"]))
+
+    def _trained(self) -> dict[str, Trainable]:
+        """The networks that have an optimizer."""
+        networks = {"policy": self.policy, **dict(self.policy.named_children())}
+        return {name: network for name, network in networks.items() if hasattr(network, "optimizer")}
+
+    def save(
+        self,
+        path: PathLike | BinaryIO,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+        full: bool = False,
+    ) -> None:
+        """Write the model to a file, atomically: either the whole file is there, or the one from before.
+
+        Args:
+            path: Where to; ".zip" is appended where there is no suffix. Or an open binary file.
+            exclude: Parts to leave out, of those that a file can hold: "optimizer", "generators", "episodes", "noise",
+                "replay_buffer", "rollout_buffer".
+            include: Parts to add to those of a plain file (which holds the policy and its optimizer).
+            full: Hold all that resuming needs, the replay buffer included.
+
+        Raises:
+            ArchiveError: The file cannot be written.
+            ValueError: An unknown part.
+        """
+        checkpoint.save(self, path, exclude, include, full)
+
+    @_LoadsEitherWay
+    def load(
+        cls: Any,
+        instance: Any,
+        path: PathLike | BinaryIO,
+        env: EnvironmentLike | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: Mapping[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Read a model from a file. On the class: a new model. On a model: into that model, which is returned.
+
+        Args:
+            path: A file written by `save`; ".zip" may be left out.
+            env: Environments to go on learning in, with the model's spaces. Not needed for `predict`.
+            device: Where the networks go.
+            custom_objects: Values in place of the file's, by argument; for what the file cannot hold as data.
+            print_system_info: Print what the file was written with.
+            force_reset: Accepted for scripts written for Stable-Baselines; learning begins with new episodes.
+            allow_pickle: Unpickle a user's own objects in the file. Only for files that you trust: it runs code.
+            **kwargs: Constructor arguments in place of the file's.
+
+        Raises:
+            ArchiveError: The file is damaged, foreign, or holds another algorithm.
+            FileNotFoundError: There is no such file.
+            ValueError: The environment's spaces are not the model's.
+        """
+        if instance is not None and env is None:
+            env = instance.env
+        overrides = {**(custom_objects or {}), **kwargs}
+        model = checkpoint.load(cls, path, env, device, overrides, allow_pickle, print_system_info)
+        if instance is None:
+            return model
+        model._logger = instance._logger
+        instance.__dict__.update(model.__dict__)
+        return instance
+
+    def save_replay_buffer(self, path: PathLike | BinaryIO) -> None:
+        """Write the replay buffer alone to a file.
+
+        Raises:
+            ValueError: The algorithm has none.
+        """
+        checkpoint.save_buffer(self, path)
+
+    def load_replay_buffer(self, path: PathLike | BinaryIO, truncate_last_traj: bool = True) -> None:
+        """Replace the replay buffer's content by that of a file.
+
+        Args:
+            path: Written by `save_replay_buffer`.
+            truncate_last_traj: Accepted for scripts written for Stable-Baselines; whole transitions are stored, so
+                that there is no unfinished trajectory to cut.
+
+        Raises:
+            ArchiveError: The file is damaged or foreign.
+            ValueError: It was made for other spaces or a larger buffer. The buffer is as before.
+        """
+        checkpoint.load_buffer(self, path)
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.policy.parameters())
+        return (
+            f"{type(self).__name__}({self.policy_class.__name__}, {parameters:,} parameters on {self.device}, "
+            f"{self.num_timesteps:,} timesteps, {self.observation_space} -> {self.action_space})"
+        )
+
+
+def _run_folder(parent: Path, name: str, is_new_run: bool) -> Path:
+    """`name_1`, `name_2`, ...: a new one for a new run, the newest to go on with."""
+    numbers = [
+        int(folder.name.removeprefix(f"{name}_"))
+        for folder in parent.glob(f"{name}_*")
+        if folder.name.removeprefix(f"{name}_").isdigit()
+    ]
+    newest = max(numbers, default=0)
+    return parent / f"{name}_{newest + 1 if is_new_run or not newest else newest}"

@@ -1,0 +1,258 @@
+"""What of a model goes into a file, and how a model comes back from one.
+
+`archive` knows files, `codec` knows values, and this room knows models: which part goes under which name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import nn
+
+from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
+from sbac.codec import MissingObjectError, decode, encode
+from sbac.envs import EnvironmentLike, Spaces, make_environments
+
+if TYPE_CHECKING:
+    from sbac.base import BaseAlgorithm
+
+PathLike = str | Path
+
+PARTS = ("optimizer", "generators", "episodes", "noise", "replay_buffer", "rollout_buffer")
+COUNTERS = (
+    "num_timesteps",
+    "n_updates",
+    "n_episodes",
+    "_total_timesteps",
+    "_n_rollouts",
+    "_steps_since",
+    "_transitions_since",
+)
+
+
+def save(
+    model: BaseAlgorithm,
+    path: PathLike | BinaryIO,
+    exclude: Iterable[str] | None,
+    include: Iterable[str] | None,
+    full: bool,
+) -> None:
+    """Write a model to a file; see `BaseAlgorithm.save`."""
+    for name in (*(exclude or ()), *(include or ())):
+        if name not in PARTS:
+            raise ValueError(f"save: unknown part {name!r}; a file can hold {', '.join(PARTS)}")
+    parts = (set(PARTS) if full else {"optimizer"}) - set(exclude or ()) | set(include or ())
+
+    config, objects = encode(
+        {
+            "arguments": _arguments(model),
+            "observation_space": model.observation_space,
+            "action_space": model.action_space,
+            "env_id": None if model.env is None else model.env.env_id,
+        }
+    )
+    file = Archive(meta=_meta(model), config=config, objects=objects)
+    for name, tensor in model.policy.state_dict().items():
+        file.arrays[f"policy/{name}"] = tensor_to_array(tensor)
+    if "optimizer" in parts:
+        for name, network in model._trained().items():
+            for index, state in network.optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    file.arrays[f"optimizer/{name}/{index}/{key}"] = tensor_to_array(torch.as_tensor(value))
+    data, arrays = _state(model, parts)
+    file.arrays.update({f"state/{name}": array for name, array in arrays.items()})
+    if parts - {"optimizer"}:
+        file.state = data
+    write_archive(path, file)
+
+
+def load(
+    cls: type[BaseAlgorithm],
+    path: PathLike | BinaryIO,
+    env: EnvironmentLike | None,
+    device: torch.device | str,
+    overrides: Mapping[str, Any],
+    allow_pickle: bool,
+    print_system_info: bool,
+) -> BaseAlgorithm:
+    """Make a model from a file; see `BaseAlgorithm.load`."""
+    file = read_archive(path, allow_pickle=allow_pickle)
+    if file.meta.get("class") != cls.__name__:
+        raise ArchiveError(
+            f"{path} holds a {file.meta.get('class')} model, not {cls.__name__}: "
+            f"use {file.meta.get('class')}.load or sbac.load, which finds the class"
+        )
+    if print_system_info:
+        print("Saved with: " + ", ".join(f"{name} {version}" for name, version in file.meta["versions"].items()))
+
+    arguments = _decode_arguments(file, cls, overrides)
+    try:
+        known = Spaces(
+            decode(file.config["observation_space"]), decode(file.config["action_space"]), int(arguments["n_envs"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArchiveError(f"{path}: config.json does not describe the model's spaces: {error}") from error
+    made: Any = known
+    if env is not None:
+        many = isinstance(env, str) or (callable(env) and not hasattr(env, "step"))
+        made = make_environments(env, known.n_envs if many else 1)
+        arguments["n_envs"] = made.num_envs
+    model = cls(env=made, device=device, **arguments)
+    if env is not None:
+        for what in ("observation_space", "action_space"):
+            if getattr(known, what) != getattr(made, what):
+                raise ValueError(
+                    f"the environment has another {what.replace('_', ' ')} than the model in {path}: the model was "
+                    f"made for {getattr(known, what)}, the environment has {getattr(made, what)}"
+                )
+
+    _load_weights(model, file, path)
+    for name in COUNTERS:
+        if hasattr(model, name):
+            setattr(model, name, int(file.meta["counters"].get(name, 0)))
+    if file.state is not None:
+        try:
+            _set_state(model, file)
+        except (KeyError, TypeError) as error:
+            raise ArchiveError(f"{path}: the state of the checkpoint is incomplete: {error!r}") from error
+    return model
+
+
+def load_policy(policy: nn.Module, state: Mapping[str, torch.Tensor], exact_match: bool = True) -> None:
+    """Copy weights into a policy, all or none.
+
+    Raises:
+        ValueError: A name or a shape does not fit.
+    """
+    own = policy.state_dict()
+    wrong = [
+        f"{name}: {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    unknown, missing = sorted(set(state) - set(own)), sorted(set(own) - set(state))
+    if wrong or unknown or (exact_match and missing):
+        raise ValueError(f"weights do not fit the policy: shapes {wrong}, unknown {unknown}, missing {missing}")
+    policy.load_state_dict(state, strict=False)
+
+
+def save_buffer(model: Any, path: PathLike | BinaryIO) -> None:
+    """Write the replay buffer alone; see `BaseAlgorithm.save_replay_buffer`."""
+    arrays = {f"replay_buffer/{name}": array for name, array in _replay_buffer(model).get_state().items()}
+    write_archive(path, Archive(meta={"class": "ReplayBuffer"}, arrays=arrays))
+
+
+def load_buffer(model: Any, path: PathLike | BinaryIO) -> None:
+    """Read the replay buffer alone; see `BaseAlgorithm.load_replay_buffer`."""
+    buffer = _replay_buffer(model)
+    file = read_archive(path)
+    try:
+        buffer.set_state(_below(file.arrays, "replay_buffer/"))
+    except KeyError as error:
+        raise ArchiveError(f"{path} holds no replay buffer: {error} is missing") from error
+
+
+def _replay_buffer(model: Any) -> Any:
+    if not hasattr(model, "replay_buffer"):
+        raise ValueError(f"{type(model).__name__} has no replay buffer")
+    return model.replay_buffer
+
+
+def _arguments(model: BaseAlgorithm) -> dict[str, Any]:
+    """The constructor's arguments as the model's attributes hold them now."""
+    names = [name for name in inspect.signature(type(model).__init__).parameters if name not in ("self", "env", "device")]
+    return {name: model._policy_argument if name == "policy" else getattr(model, name) for name in names}
+
+
+def _decode_arguments(file: Archive, cls: type, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    stored = file.config.get("arguments")
+    if not isinstance(stored, dict):
+        raise ArchiveError("config.json holds no arguments")
+    arguments: dict[str, Any] = dict(overrides)
+    for name, data in stored.items():
+        if name in overrides:
+            continue
+        try:
+            arguments[name] = decode(data, file.objects)
+        except MissingObjectError as error:
+            raise ArchiveError(
+                f"the argument {error.path.removeprefix('arguments.')} is an object of the user's own "
+                f"({error.describe}), which a model file does not restore by itself: pass custom_objects="
+                f"{{{name!r}: ...}}, or, if you trust the file, allow_pickle=True, which runs code from it"
+            ) from error
+        except ValueError as error:
+            raise ArchiveError(f"config.json: the argument {name} cannot be read: {error}") from error
+    return arguments
+
+
+def _meta(model: BaseAlgorithm) -> dict[str, Any]:
+    counters = {name: int(getattr(model, name)) for name in COUNTERS if hasattr(model, name)}
+    return {"class": type(model).__name__, "counters": counters}
+
+
+def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
+    weights = {name: array_to_tensor(array) for name, array in _below(file.arrays, "policy/").items()}
+    try:
+        load_policy(model.policy, weights)
+    except ValueError as error:
+        raise ArchiveError(f"{path}: {error}") from error
+    for name, network in model._trained().items():
+        stored = _below(file.arrays, f"optimizer/{name}/")
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, array in stored.items():
+            index, _, entry = key.partition("/")
+            state.setdefault(int(index), {})[entry] = array_to_tensor(array)
+        groups = network.optimizer.state_dict()["param_groups"]
+        network.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The parts of a full checkpoint, split into plain data and arrays."""
+    data: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
+    if "generators" in parts:
+        data["generator"] = encode(model.generator.bit_generator.state)[0]
+        for name in ("_act_generator", "_predict_generator"):
+            arrays[f"generators/{name}"] = tensor_to_array(getattr(model, name).get_state())
+    if "episodes" in parts:
+        data["ep_info_buffer"] = encode(list(model.ep_info_buffer))[0]
+        data["ep_success_buffer"] = list(model.ep_success_buffer)
+        arrays["episodes/return"] = model._episode_return
+        arrays["episodes/length"] = model._episode_length
+        if model._obs is not None:
+            arrays["episodes/obs"] = np.asarray(model._obs)
+    if "noise" in parts and getattr(model, "action_noise", None) is not None:
+        arrays.update({f"noise/{name}": array for name, array in model.action_noise.get_state().items()})
+    for name, buffer in model._buffers().items():
+        if name in parts:
+            arrays.update({f"{name}/{key}": array for key, array in buffer.get_state().items()})
+    return data, arrays
+
+
+def _set_state(model: Any, file: Archive) -> None:
+    data, arrays = file.state or {}, _below(file.arrays, "state/")
+    if "generator" in data:
+        model.generator.bit_generator.state = decode(data["generator"])
+        for name in ("_act_generator", "_predict_generator"):
+            getattr(model, name).set_state(array_to_tensor(arrays[f"generators/{name}"]))
+    if "ep_info_buffer" in data:
+        model.ep_info_buffer.extend(decode(data["ep_info_buffer"]))
+        model.ep_success_buffer.extend(data["ep_success_buffer"])
+        model._episode_return = arrays["episodes/return"]
+        model._episode_length = arrays["episodes/length"]
+    noise = _below(arrays, "noise/")
+    if noise:
+        model.action_noise.set_state(noise)
+    for name, buffer in model._buffers().items():
+        stored = _below(arrays, f"{name}/")
+        if stored:
+            buffer.set_state(stored)
+
+
+def _below(arrays: Mapping[str, np.ndarray], folder: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(folder): array for name, array in arrays.items() if name.startswith(folder)}

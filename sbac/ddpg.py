@@ -1,0 +1,284 @@
+"""DDPG: Deep Deterministic Policy Gradient.
+
+Lillicrap et al. 2015, "Continuous control with deep reinforcement learning", arXiv:1509.02971, Algorithm 1 and
+section 7.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from sbac.base import BaseAlgorithm
+from sbac.buffers import ReplayBatch, ReplayBuffer
+from sbac.callbacks import MaybeCallback
+from sbac.envs import EnvironmentLike, Step
+from sbac.guards import require_number, require_whole
+from sbac.noise import ActionNoise, OrnsteinUhlenbeckActionNoise
+from sbac.policies import Actor, Critic, DeterministicActorCritic, check_observation_space
+from sbac.schedules import FloatOrSchedule
+
+
+class DDPG(BaseAlgorithm):
+    """Deep Deterministic Policy Gradient: replay, target networks, Ornstein-Uhlenbeck noise, two learning rates.
+
+    Any float may also be a schedule (`sbac.schedules`), a function of the progress that remains.
+
+    Args:
+        policy: "MlpPolicy", or a policy class.
+        env: An id, an environment, a factory or a list of them, or a vector environment. Actions: a finite Box.
+        learning_rate: Of both networks, above 0; None leaves it to the two below.
+        actor_learning_rate: Step size of the actor's Adam, above 0.
+        critic_learning_rate: Step size of the critic's Adam, above 0.
+        buffer_size: Transitions that the replay buffer keeps.
+        learning_starts: Transitions collected, by uniformly random actions, before the first gradient step.
+        batch_size: Transitions of a gradient step.
+        tau: Share of the network that goes into its target at each gradient step, in [0, 1].
+        gamma: Discount factor, in [0, 1].
+        train_freq: Steps of the vector environment between two times of learning, at least 1.
+        gradient_steps: Gradient steps at each time of learning; -1 makes as many as there were transitions since.
+        action_noise: Added to the actor's actions, in units of [-1, 1]. "ornstein-uhlenbeck" has theta 0.15, sigma
+            0.2 and dt 1, as in the paper; None leaves it out.
+        weight_decay: L2 penalty on the critic's weights (the paper: 0.01), at least 0.
+        max_grad_norm: Gradients of each network are scaled down to this norm, above 0; None leaves them.
+        n_envs: How many environments to make from an id or a factory.
+        replay_buffer_class: In place of `ReplayBuffer`.
+        replay_buffer_kwargs: Its further arguments.
+        stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
+        tensorboard_log: Folder for event files, or None.
+        policy_kwargs: Further arguments of the policy, and ``optimizer_class``, ``optimizer_kwargs``. The default is
+            the paper's network: 400 and 300 units, the action joining at the critic's second layer, last layers in
+            +-0.003.
+        verbose: 0 is silent, 1 prints a table as training goes.
+        seed: Fixes every random number, or None.
+        device: "cpu", "cuda", ... or "auto".
+    """
+
+    policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {"MlpPolicy": DeterministicActorCritic}
+    policy: DeterministicActorCritic
+
+    def __init__(
+        self,
+        policy: str | type[nn.Module],
+        env: EnvironmentLike,
+        learning_rate: FloatOrSchedule | None = None,
+        buffer_size: int = 100_000,
+        learning_starts: int = 128,
+        batch_size: int = 128,
+        tau: FloatOrSchedule = 1e-3,
+        gamma: FloatOrSchedule = 0.99,
+        train_freq: int = 1,
+        gradient_steps: int = -1,
+        action_noise: ActionNoise | str | None = "ornstein-uhlenbeck",
+        actor_learning_rate: FloatOrSchedule = 1e-4,
+        critic_learning_rate: FloatOrSchedule = 1e-3,
+        weight_decay: float = 0.0,
+        max_grad_norm: FloatOrSchedule | None = None,
+        n_envs: int = 1,
+        replay_buffer_class: type[ReplayBuffer] = ReplayBuffer,
+        replay_buffer_kwargs: Mapping[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: Mapping[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+    ) -> None:
+        if learning_rate is not None:
+            require_number("learning_rate", learning_rate, above=0)
+            actor_learning_rate = critic_learning_rate = learning_rate
+        require_number("actor_learning_rate", actor_learning_rate, above=0)
+        require_number("critic_learning_rate", critic_learning_rate, above=0)
+        self.buffer_size = require_whole("buffer_size", buffer_size, 1)
+        self.learning_starts = require_whole("learning_starts", learning_starts, 0)
+        self.batch_size = require_whole("batch_size", batch_size, 1)
+        if self.buffer_size < max(self.learning_starts, self.batch_size):
+            raise ValueError(
+                f"buffer_size={self.buffer_size} can never hold the {max(self.learning_starts, self.batch_size)} "
+                f"transitions that learning_starts={learning_starts} and batch_size={batch_size} ask for"
+            )
+        require_number("tau", tau, minimum=0, maximum=1)
+        require_number("gamma", gamma, minimum=0, maximum=1)
+        self.train_freq = require_whole("train_freq", train_freq, 1)
+        self.gradient_steps = require_whole("gradient_steps", gradient_steps, -1)
+        require_number("weight_decay", weight_decay, minimum=0)
+        if max_grad_norm is not None:
+            require_number("max_grad_norm", max_grad_norm, above=0)
+        self.learning_rate = learning_rate
+        self.actor_learning_rate = actor_learning_rate
+        self.critic_learning_rate = critic_learning_rate
+        self.tau = tau
+        self.gamma = gamma
+        self.weight_decay = weight_decay
+        self.max_grad_norm = max_grad_norm
+        self.replay_buffer_class = replay_buffer_class
+        self.replay_buffer_kwargs = dict(replay_buffer_kwargs or {})
+        super().__init__(
+            policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device
+        )
+
+        # Networks mu, Q and their targets mu', Q'.
+        network_kwargs = {"net_arch": (400, 300), "n_critics": 1, "action_layer": 1, "final_init": 3e-3}
+        network_kwargs.update(self.policy_kwargs)
+        optimizer_class = network_kwargs.pop("optimizer_class", torch.optim.Adam)
+        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
+        self.policy = self._make_policy(**network_kwargs)
+        self.actor.set_optimizer(optimizer_class, self._now(actor_learning_rate), **optimizer_kwargs)
+        self.critic.set_optimizer(
+            optimizer_class, self._now(critic_learning_rate), **{"weight_decay": weight_decay, **optimizer_kwargs}
+        )
+
+        # Replay buffer R and exploration noise N.
+        self.replay_buffer = replay_buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            generator=self.generator,
+            **self.replay_buffer_kwargs,
+        )
+        if action_noise == "ornstein-uhlenbeck":
+            action_noise = OrnsteinUhlenbeckActionNoise(mean=0.0, sigma=0.2, theta=0.15, dt=1.0)
+        elif not (action_noise is None or isinstance(action_noise, ActionNoise)):
+            raise ValueError(f"action_noise must be an ActionNoise, 'ornstein-uhlenbeck' or None, not {action_noise!r}")
+        self.action_noise = copy.deepcopy(action_noise)
+        if self.action_noise is not None:
+            self.action_noise.bind(self.n_envs, (int(np.prod(self.action_space.shape)),), self.generator)
+        self._steps_since = 0  # steps of the vector environment since the last time of learning
+        self._transitions_since = 0
+
+    def learn(
+        self,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        with self._training(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+        ) as callback:
+            self._learn()  # what a run that was stopped still owes
+            while self.num_timesteps < self._total_timesteps:
+                callback.on_rollout_start()
+
+                # Act: uniformly at first, then a = clip(mu(s) + N, -1, 1).
+                obs = self._obs
+                action = self._explore(obs)  # (n_envs, *action_shape)
+
+                # Step: `successor` is the true s'; `obs` is where to act next.
+                step = self.env.step(action)
+                self._remember(obs, action, step)
+                if not self._after_step(callback, action, step):
+                    break
+                callback.on_rollout_end()
+
+                # Learn: by default one gradient step for each transition, once learning_starts are there.
+                self._learn()
+                self._dump_if_due(self.n_episodes)
+        return self
+
+    def _explore(self, obs: np.ndarray) -> np.ndarray:
+        """What to do while learning, (n_envs, *action_shape) in [-1, 1]."""
+        shape = (self.n_envs, *self.action_space.shape)
+        if self.n_updates == 0 and self.replay_buffer.size() < self.learning_starts:
+            return self.generator.uniform(-1, 1, size=shape).astype(np.float32)
+        self.policy.set_training_mode(False)
+        action = self.policy.act(obs, deterministic=True)
+        if self.action_noise is not None:
+            action = np.clip(action + self.action_noise().reshape(shape), -1, 1)
+        return action
+
+    def _remember(self, obs: np.ndarray, action: np.ndarray, step: Step) -> None:
+        """Store the transitions, and begin the noise anew where an episode ended."""
+        self.replay_buffer.add(obs, action, step)
+        if self.replay_buffer.size() > self.learning_starts:
+            self._steps_since += 1
+            self._transitions_since += int(np.count_nonzero(step.valid))
+        ended = step.terminated | step.truncated | ~step.valid
+        if self.action_noise is not None and ended.any():
+            self.action_noise.reset(np.flatnonzero(ended))
+
+    def _learn(self) -> None:
+        """The gradient steps that are due."""
+        if self._steps_since < self.train_freq:
+            return
+        self.actor.set_learning_rate(self._now(self.actor_learning_rate))
+        self.critic.set_learning_rate(self._now(self.critic_learning_rate))
+        self.policy.set_training_mode(True)
+        for _ in range(self._transitions_since if self.gradient_steps < 0 else self.gradient_steps):
+            self._log(self._update(self.replay_buffer.sample(self.batch_size)))
+        self._steps_since = self._transitions_since = 0
+
+    def _update(self, batch: ReplayBatch) -> dict[str, Tensor]:
+        """One gradient step of critic and actor, and one soft update of their targets.
+
+        Args:
+            batch: obs and successor (B, *obs_shape), action (B, act_dim), reward and terminated (B,).
+
+        Returns:
+            The losses and what tells how learning goes, as scalars.
+        """
+        max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
+
+        # Critic: y = r + gamma (1 - terminated) Q'(s', mu'(s')), minimise (Q(s, a) - y)^2.
+        with torch.no_grad():
+            next_action = self.actor_target(batch.successor)  # (B, act_dim)
+            next_q = self.critic_target(batch.successor, next_action).amin(0)  # (B,)
+            target = batch.reward + self._now(self.gamma) * (1 - batch.terminated) * next_q  # (B,)
+        q = self.critic(batch.obs, batch.action)  # (n_critics, B), one by default
+        critic_loss = (q - target).square().mean(1).sum()
+        self.critic.descend(critic_loss, max_grad_norm)
+
+        # Actor: maximise Q(s, mu(s)). The critic's own gradient is not computed.
+        actor_loss = -self.critic.q1_forward(batch.obs, self.actor(batch.obs)).mean()
+        self.actor.descend(actor_loss, max_grad_norm)
+
+        # Targets: theta' <- tau theta + (1 - tau) theta'.
+        tau = self._now(self.tau)
+        self.critic_target.follow(self.critic, tau)
+        self.actor_target.follow(self.actor, tau)
+
+        return {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_mean": q.mean(), "target_mean": target.mean()}
+
+    @property
+    def actor(self) -> Actor:
+        """mu."""
+        return self.policy.actor
+
+    @property
+    def critic(self) -> Critic:
+        """Q."""
+        return self.policy.critic
+
+    @property
+    def actor_target(self) -> Actor:
+        """mu'."""
+        return self.policy.actor_target
+
+    @property
+    def critic_target(self) -> Critic:
+        """Q'."""
+        return self.policy.critic_target
+
+    def _check_spaces(self) -> None:
+        space = self.action_space
+        if not isinstance(space, spaces.Box):
+            raise ValueError(f"DDPG acts in a Box, but the environment's action space is {space}; A2C handles Discrete")
+        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+            raise ValueError(
+                f"DDPG needs finite action bounds, but the environment's action space is {space}; bound it with "
+                "gymnasium.wrappers.RescaleAction or in the environment"
+            )
+        check_observation_space(self.observation_space, "DDPG")
+
+    def _buffers(self) -> dict[str, Any]:
+        return {"replay_buffer": self.replay_buffer}

@@ -1,0 +1,94 @@
+"""What is refused: numbers that are not finite, and names that do not exist.
+
+The checks run at every step, so they cost about a microsecond; only the failing path is slow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+
+class EnvironmentFault(RuntimeError):
+    """An environment raised, died, or sent something that its spaces do not allow."""
+
+
+class NotFiniteError(FloatingPointError):
+    """NaN or infinity in an observation, a reward, an action, a loss or a gradient."""
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether an array holds neither NaN nor infinity.
+
+    The inner product of the array with itself is finite only if every element is, and costs a
+    fifth of looking at each; where it overflows, the elements are looked at after all.
+    """
+    if array.dtype.kind != "f":
+        return True
+    flat = array.ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())
+
+
+def first_not_finite(batch: np.ndarray) -> int:
+    """The index of the first row of a batch (n, ...) that holds NaN or infinity."""
+    rows = np.isfinite(batch.reshape(len(batch), -1)).all(axis=1)
+    return int(np.argmin(rows))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """How an error message continues after an unknown name: the nearest known one, or all of them.
+
+    Returns:
+        ``"; did you mean 'gamma'?"`` where a name is near, else ``"; known: a, b, c"``.
+    """
+    known = sorted(known)
+    lowered = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {lowered[close[0]]!r}?"
+    return "; known: " + ", ".join(known)
+
+
+def require_number(
+    name: str,
+    value: object,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Refuse a hyperparameter that is no finite number in its range. A schedule's values are checked as they are used.
+
+    Raises:
+        ValueError: Naming the argument, its range and what was received.
+    """
+    if callable(value):
+        return
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (("at least", minimum), ("above", above), ("at most", maximum), ("below", below))
+        if math.isfinite(bound)
+    ]
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_number or not (math.isfinite(value) and minimum <= value <= maximum and above < value < below):  # type: ignore[operator, arg-type]
+        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f", not {value!r}")
+
+
+def require_whole(name: str, value: object, minimum: int) -> int:
+    """Refuse a hyperparameter that is no whole number of at least `minimum`; 1e5 counts as whole.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        ValueError: Naming the argument and what was received.
+    """
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value != int(value) or value < minimum:  # type: ignore[operator, arg-type, call-overload]
+        raise ValueError(f"{name} must be a whole number, at least {minimum}, not {value!r}")
+    return int(value)  # type: ignore[call-overload, no-any-return]

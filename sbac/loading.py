@@ -1,0 +1,52 @@
+"""From a file to a model, whichever algorithm wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sbac.a2c import A2C
+from sbac.archive import ArchiveError, inspect_archive
+from sbac.base import BaseAlgorithm, PathLike
+from sbac.ddpg import DDPG
+from sbac.guards import nearest
+
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"a2c": A2C, "ddpg": DDPG}
+
+
+def algorithm(name: str) -> type[BaseAlgorithm]:
+    """The class of an algorithm.
+
+    Args:
+        name: Such as "ddpg"; upper or lower case.
+
+    Raises:
+        ValueError: There is no such algorithm; names the nearest.
+    """
+    if name.lower() not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}{nearest(name, ALGORITHMS)}")
+    return ALGORITHMS[name.lower()]
+
+
+def load(path: PathLike, *args: Any, **kwargs: Any) -> BaseAlgorithm:
+    """Read a model from a file with the class that wrote it. Arguments as of `BaseAlgorithm.load`.
+
+    Raises:
+        ArchiveError: The file is damaged, foreign, or of an unknown class.
+        FileNotFoundError: There is no such file.
+    """
+    name = inspect_archive(path)["meta"].get("class")
+    if str(name).lower() not in ALGORITHMS:
+        raise ArchiveError(f"{path} holds a {name}, which is none of {', '.join(a.__name__ for a in ALGORITHMS.values())}")
+    return algorithm(str(name)).load(path, *args, **kwargs)
+
+
+def inspect(path: PathLike) -> dict[str, Any]:
+    """What is in a model file: its meta data, configuration, and the arrays' names, shapes and sizes.
+
+    Nothing in the file is executed, and no array is read.
+
+    Raises:
+        ArchiveError: The file is damaged or foreign.
+        FileNotFoundError: There is no such file.
+    """
+    return inspect_archive(path)

@@ -1,0 +1,49 @@
+"""Tuned hyperparameters as data: one TOML file an algorithm, one table an environment.
+
+A table holds constructor arguments by name; `n_timesteps` is how long to train. Read by `sbac train` and by
+`load_recipe`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from typing import Any
+
+from sbac.noise import noise_from_config
+from sbac.schedules import parse_schedule
+
+
+def load_recipe(algorithm: str, env_id: str) -> dict[str, Any]:
+    """The tuned arguments for an environment.
+
+    Args:
+        algorithm: Such as "ddpg".
+        env_id: Such as "Pendulum-v1".
+
+    Returns:
+        Constructor arguments by name, and ``n_timesteps``; empty where there is no recipe.
+    """
+    file = resources.files(__name__) / f"{algorithm.lower()}.toml"
+    if not file.is_file():
+        return {}
+    recipe = tomllib.loads(file.read_text(encoding="utf-8")).get(env_id, {})
+    return {name: read_value(name, value) for name, value in recipe.items()}
+
+
+def read_value(name: str, value: Any) -> Any:
+    """A constructor argument from the form that data can hold.
+
+    Args:
+        name: Of the argument.
+        value: From TOML. A string such as "lin_0.001" is a schedule, a table for `action_noise` a noise with its
+            ``kind``; all else stands for itself.
+
+    Raises:
+        ValueError: The value names a schedule or a noise, but wrongly.
+    """
+    if name == "action_noise" and isinstance(value, dict):
+        return noise_from_config(value)
+    if isinstance(value, str) and (value.startswith("lin_") or value.endswith(")")):
+        return parse_schedule(value)
+    return value
