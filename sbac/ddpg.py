@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sbac.base import BaseAlgorithm
 from sbac.buffers import ReplayBatch, ReplayBuffer
 from sbac.callbacks import MaybeCallback
-from sbac.envs import EnvironmentLike, Step
+from sbac.envs import EnvironmentLike, Environments, Step
 from sbac.guards import require_number, require_whole
 from sbac.noise import ActionNoise, OrnsteinUhlenbeckActionNoise
 from sbac.policies import Actor, Critic, DeterministicActorCritic, check_observation_space
@@ -43,7 +43,7 @@ class DDPG(BaseAlgorithm):
         gamma: Discount factor, in [0, 1].
         train_freq: Steps of the vector environment between two times of learning, at least 1.
         gradient_steps: Gradient steps at each time of learning; -1 makes as many as there were transitions since.
-        action_noise: Added to the actor's actions, in units of [-1, 1]. "ornstein-uhlenbeck" has theta 0.15, sigma
+        action_noise: Added to the actor's actions, in units of [-1, 1]. "ornstein_uhlenbeck" has theta 0.15, sigma
             0.2 and dt 1, as in the paper; None leaves it out.
         weight_decay: L2 penalty on the critic's weights (the paper: 0.01), at least 0.
         max_grad_norm: Gradients of each network are scaled down to this norm, above 0; None leaves them.
@@ -62,6 +62,7 @@ class DDPG(BaseAlgorithm):
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {"MlpPolicy": DeterministicActorCritic}
     policy: DeterministicActorCritic
+    _shorthands = ("learning_rate",)
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class DDPG(BaseAlgorithm):
         gamma: FloatOrSchedule = 0.99,
         train_freq: int = 1,
         gradient_steps: int = -1,
-        action_noise: ActionNoise | str | None = "ornstein-uhlenbeck",
+        action_noise: ActionNoise | str | None = "ornstein_uhlenbeck",
         actor_learning_rate: FloatOrSchedule = 1e-4,
         critic_learning_rate: FloatOrSchedule = 1e-3,
         weight_decay: float = 0.0,
@@ -110,7 +111,6 @@ class DDPG(BaseAlgorithm):
         require_number("weight_decay", weight_decay, minimum=0)
         if max_grad_norm is not None:
             require_number("max_grad_norm", max_grad_norm, above=0)
-        self.learning_rate = learning_rate
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.tau = tau
@@ -124,8 +124,8 @@ class DDPG(BaseAlgorithm):
         )
 
         # Networks mu, Q and their targets mu', Q'.
-        network_kwargs = {"net_arch": (400, 300), "n_critics": 1, "action_layer": 1, "final_init": 3e-3}
-        network_kwargs.update(self.policy_kwargs)
+        paper = {"net_arch": (400, 300), "n_critics": 1, "action_layer": 1, "final_init": 3e-3}
+        network_kwargs: dict[str, Any] = {**paper, **self.policy_kwargs}
         optimizer_class = network_kwargs.pop("optimizer_class", torch.optim.Adam)
         optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
         self.policy = self._make_policy(**network_kwargs)
@@ -144,13 +144,13 @@ class DDPG(BaseAlgorithm):
             generator=self.generator,
             **self.replay_buffer_kwargs,
         )
-        if action_noise == "ornstein-uhlenbeck":
+        if action_noise == "ornstein_uhlenbeck":
             action_noise = OrnsteinUhlenbeckActionNoise(mean=0.0, sigma=0.2, theta=0.15, dt=1.0)
         elif not (action_noise is None or isinstance(action_noise, ActionNoise)):
-            raise ValueError(f"action_noise must be an ActionNoise, 'ornstein-uhlenbeck' or None, not {action_noise!r}")
+            raise ValueError(f"action_noise must be an ActionNoise, 'ornstein_uhlenbeck' or None, not {action_noise!r}")
         self.action_noise = copy.deepcopy(action_noise)
         if self.action_noise is not None:
-            self.action_noise.bind(self.n_envs, (int(np.prod(self.action_space.shape)),), self.generator)
+            self.action_noise.bind(self.n_envs, (int(np.prod(self.action_space.shape or ())),), self.generator)
         self._steps_since = 0  # steps of the vector environment since the last time of learning
         self._transitions_since = 0
 
@@ -188,7 +188,7 @@ class DDPG(BaseAlgorithm):
 
     def _explore(self, obs: np.ndarray) -> np.ndarray:
         """What to do while learning, (n_envs, *action_shape) in [-1, 1]."""
-        shape = (self.n_envs, *self.action_space.shape)
+        shape = (self.n_envs, *(self.action_space.shape or ()))
         if self.n_updates == 0 and self.replay_buffer.size() < self.learning_starts:
             return self.generator.uniform(-1, 1, size=shape).astype(np.float32)
         self.policy.set_training_mode(False)
@@ -200,23 +200,35 @@ class DDPG(BaseAlgorithm):
     def _remember(self, obs: np.ndarray, action: np.ndarray, step: Step) -> None:
         """Store the transitions, and begin the noise anew where an episode ended."""
         self.replay_buffer.add(obs, action, step)
-        if self.replay_buffer.size() > self.learning_starts:
+        if self._can_learn():
             self._steps_since += 1
             self._transitions_since += int(np.count_nonzero(step.valid))
         ended = step.terminated | step.truncated | ~step.valid
         if self.action_noise is not None and ended.any():
             self.action_noise.reset(np.flatnonzero(ended))
 
+    def _can_learn(self) -> bool:
+        """Whether the buffer holds more than learning_starts transitions, or all that it can."""
+        return self.replay_buffer.full or self.replay_buffer.size() > self.learning_starts
+
     def _learn(self) -> None:
         """The gradient steps that are due."""
-        if self._steps_since < self.train_freq:
-            return
+        if self._steps_since >= self.train_freq and self._can_learn():
+            self.train(self._transitions_since if self.gradient_steps < 0 else self.gradient_steps)
+            self._steps_since = self._transitions_since = 0
+
+    def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
+        """Learn from what the replay buffer holds, without acting.
+
+        Args:
+            gradient_steps: How many gradient steps to make.
+            batch_size: Transitions of each; by default that of the constructor.
+        """
         self.actor.set_learning_rate(self._now(self.actor_learning_rate))
         self.critic.set_learning_rate(self._now(self.critic_learning_rate))
         self.policy.set_training_mode(True)
-        for _ in range(self._transitions_since if self.gradient_steps < 0 else self.gradient_steps):
-            self._log(self._update(self.replay_buffer.sample(self.batch_size)))
-        self._steps_since = self._transitions_since = 0
+        for _ in range(gradient_steps):
+            self._log(self._update(self.replay_buffer.sample(batch_size or self.batch_size)))
 
     def _update(self, batch: ReplayBatch) -> dict[str, Tensor]:
         """One gradient step of critic and actor, and one soft update of their targets.
@@ -248,6 +260,16 @@ class DDPG(BaseAlgorithm):
         self.actor_target.follow(self.actor, tau)
 
         return {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_mean": q.mean(), "target_mean": target.mean()}
+
+    def _start_episodes(self, env: Environments) -> None:
+        super()._start_episodes(env)
+        if self.action_noise is not None:
+            self.action_noise.reset()
+
+    @property
+    def learning_rate(self) -> FloatOrSchedule | None:
+        """The step size of both networks, or None where they differ."""
+        return self.actor_learning_rate if self.actor_learning_rate == self.critic_learning_rate else None
 
     @property
     def actor(self) -> Actor:

@@ -59,9 +59,9 @@ class ActionCodec:
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         self.space = space
-        self.is_box = isinstance(space, spaces.Box)
         self.rescales = False
         if isinstance(space, spaces.Box):
+            self._dtype = np.dtype(space.dtype)
             self._low = space.low.astype(np.float64)
             self._high = space.high.astype(np.float64)
             self.rescales = bool(np.isfinite(self._low).all() and np.isfinite(self._high).all())
@@ -72,16 +72,16 @@ class ActionCodec:
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """Actions (..., *shape) of an algorithm in the environment's own units, inside its bounds."""
-        if self.is_box:
+        if isinstance(self.space, spaces.Box):
             native = np.clip(self._center + self._half_range * action, self._low, self._high)
-            return (np.rint(native) if self.space.dtype.kind in "iu" else native).astype(self.space.dtype)
+            return (np.rint(native) if np.issubdtype(self._dtype, np.integer) else native).astype(self._dtype)
         if isinstance(self.space, spaces.Discrete):
             return (action + self._start).astype(self.space.dtype)
         return action
 
     def from_env(self, action: np.ndarray) -> np.ndarray:
         """Actions (..., *shape) of an environment in the units of an algorithm."""
-        if self.is_box:
+        if isinstance(self.space, spaces.Box):
             half_range = np.where(self._half_range > 0, self._half_range, 1.0)
             return ((np.asarray(action, dtype=np.float64) - self._center) / half_range).astype(np.float32)
         if isinstance(self.space, spaces.Discrete):
@@ -265,6 +265,7 @@ class Environments:
         self.codec = ActionCodec(self.action_space)
         self.reset_count = 0
         self._step_count = 0
+        self._dtype = np.dtype(self.observation_space.dtype)
         self._batch_shape = (self.num_envs, *(self.observation_space.shape or ()))
 
     @property
@@ -337,11 +338,10 @@ class Environments:
         self._adapter.close()
 
     def _check_obs(self, obs: np.ndarray, where: str) -> None:
-        space = self.observation_space
-        if obs.shape != self._batch_shape or not np.can_cast(obs.dtype, space.dtype):
+        if obs.shape != self._batch_shape or not np.can_cast(obs.dtype, self._dtype):
             raise EnvironmentFault(
                 f"the vector environment sent observations of shape {obs.shape} and dtype {obs.dtype} at {where}; "
-                f"its space promises {self._batch_shape} and {space.dtype}: mend the environment or its space"
+                f"its space promises {self._batch_shape} and {self._dtype}: mend the environment or its space"
             )
         if not all_finite(obs):
             index = first_not_finite(obs)
@@ -377,7 +377,7 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._index = index
         self._steps = 0
         self._shape = env.observation_space.shape
-        self._dtype = env.observation_space.dtype
+        self._dtype = np.dtype(env.observation_space.dtype)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         try:

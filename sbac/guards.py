@@ -47,7 +47,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     lowered = {entry.lower(): entry for entry in known}
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    close = [entry for entry in lowered if entry.startswith(name.lower())] or difflib.get_close_matches(
+        name.lower(), list(lowered), n=1, cutoff=0.6
+    )
     if close:
         return f"; did you mean {lowered[close[0]]!r}?"
     return "; known: " + ", ".join(known)
@@ -74,8 +76,8 @@ def require_number(
         for word, bound in (("at least", minimum), ("above", above), ("at most", maximum), ("below", below))
         if math.isfinite(bound)
     ]
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not is_number or not (math.isfinite(value) and minimum <= value <= maximum and above < value < below):  # type: ignore[operator, arg-type]
+    number = _number(value)
+    if number is None or not (minimum <= number <= maximum and above < number < below):
         raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f", not {value!r}")
 
 
@@ -88,7 +90,14 @@ def require_whole(name: str, value: object, minimum: int) -> int:
     Raises:
         ValueError: Naming the argument and what was received.
     """
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value != int(value) or value < minimum:  # type: ignore[operator, arg-type, call-overload]
+    number = _number(value)
+    if number is None or number != int(number) or number < minimum:
         raise ValueError(f"{name} must be a whole number, at least {minimum}, not {value!r}")
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return int(number)
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None if it is none."""
+    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,342 @@
+"""The command line: ``sbac train | eval | watch | plot | inspect``, also as ``python -m sbac``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+import sbac
+from sbac.base import BaseAlgorithm
+from sbac.callbacks import BaseCallback, EvalCallback
+from sbac.codec import encode
+from sbac.envs import make_environments
+from sbac.evaluation import evaluate_policy
+from sbac.guards import EnvironmentFault, NotFiniteError, require_whole
+from sbac.loading import ALGORITHMS, algorithm, inspect, load
+from sbac.logger import configure
+from sbac.plotting import plot_learning_curve
+from sbac.recipes import load_recipe, read_value
+from sbac.video import write_video
+
+DEFAULT_ALGORITHM, DEFAULT_ENV = "a2c", "CartPole-v1"
+DEFAULT_STEPS = 100_000  # where neither --steps nor a recipe says how long
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: As typed after ``sbac``; those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 (training failed, its model is saved), 2 (bad input), 130 (interrupted).
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+        return code
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ImportError) as error:
+        print(f"sbac {options.name}: {error}", file=sys.stderr)
+        return 2
+    except (EnvironmentFault, NotFiniteError) as error:
+        print(f"sbac {options.name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sbac", description="Actor-critic reinforcement learning: train, evaluate, watch, plot, inspect."
+    )
+    parser.add_argument("--version", action="version", version=f"sbac {sbac.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a policy; without arguments, A2C on CartPole-v1")
+    train.set_defaults(command=_train, name="train")
+    train.add_argument("algorithm", nargs="?", default=DEFAULT_ALGORITHM, help=f"{', '.join(ALGORITHMS)}")
+    train.add_argument("env", nargs="?", default=DEFAULT_ENV, help="id of a Gymnasium environment")
+    train.add_argument("--steps", type=float, help="transitions to train for, over all environments")
+    train.add_argument("--n-envs", type=int, help="environments stepped together")
+    train.add_argument("--seed", type=int, default=0, help="fixes every random number (default 0)")
+    train.add_argument("--policy", default="MlpPolicy", help="name of the policy (default MlpPolicy)")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any argument of the algorithm: --set gamma=0.98 --set policy_kwargs.net_arch=[64,64]",
+    )
+    train.add_argument("--out", type=Path, help="folder of the run; must not exist (default runs/ALGO_ENV_1, _2, ...)")
+    train.add_argument("--eval-freq", type=int, help="transitions between evaluations (default: a twentieth of the steps)")
+    train.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation (default 10)")
+    train.add_argument("--device", default="auto", help="cpu, cuda, ... (default auto)")
+    train.add_argument("--no-recipe", action="store_true", help="leave the tuned values aside")
+    train.add_argument("--verbose", action="store_true", help="print the table of the log as it grows")
+
+    evaluate = commands.add_parser("eval", help="measure a model's return over whole episodes")
+    evaluate.set_defaults(command=_eval, name="eval")
+    evaluate.add_argument("--episodes", type=int, default=100, help="how many (default 100)")
+    evaluate.add_argument("--n-envs", type=int, default=1, help="environments stepped together (default 1)")
+
+    watch = commands.add_parser("watch", help="see a model act, in a window or as a film")
+    watch.set_defaults(command=_watch, name="watch")
+    watch.add_argument("--episodes", type=int, default=3, help="how many (default 3)")
+    watch.add_argument("--video", type=Path, metavar="FILE", help="write a .gif or .mp4 instead of opening a window")
+
+    for command in (evaluate, watch):
+        command.add_argument("model", type=Path, help="a model file, or the folder of a run")
+        command.add_argument("--env", help="id of the environment (default: the one trained in)")
+        command.add_argument("--seed", type=int, default=0, help="of the environment (default 0)")
+        command.add_argument("--stochastic", action="store_true", help="draw actions instead of the most probable ones")
+        command.add_argument("--device", default="auto", help="cpu, cuda, ... (default auto)")
+
+    plot = commands.add_parser("plot", help="draw learning curves; runs that differ by seed become one with a band")
+    plot.set_defaults(command=_plot, name="plot")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a folder of such folders")
+    plot.add_argument("--out", type=Path, help="the picture (default: learning_curve.png in the first folder)")
+    plot.add_argument("--title", help="above the picture")
+
+    describe = commands.add_parser("inspect", help="tell what is in a model file; executes nothing from it")
+    describe.set_defaults(command=_inspect, name="inspect")
+    describe.add_argument("model", type=Path, help="a model file, or the folder of a run")
+    describe.add_argument("--json", action="store_true", help="as JSON, complete")
+    return parser
+
+
+# Train.
+
+
+def _train(options: argparse.Namespace) -> int:
+    cls = algorithm(options.algorithm)
+    arguments = _hyperparameters(options)
+    recommended = arguments.pop("n_timesteps", DEFAULT_STEPS)
+    steps = require_whole("--steps", recommended if options.steps is None else options.steps, 1)
+    model = cls(options.policy, options.env, seed=options.seed, device=options.device, **arguments)
+
+    folder = _new_folder(options.out, cls.__name__, options.env)
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "none but the defaults"
+    print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}\nhyperparameters: {given}\nfolder: {folder}")
+    _write_config(folder, model, options.env, steps, arguments)
+    model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
+
+    eval_freq = options.eval_freq or max(steps // 20, 1)
+    evaluation = EvalCallback(
+        options.env,
+        n_eval_episodes=options.eval_episodes,
+        eval_freq=max(eval_freq // model.n_envs, 1),
+        log_path=str(folder),
+        best_model_save_path=str(folder),
+        verbose=0,
+    )
+    code = 0
+    with _interruption() as interruption:
+        try:
+            model.learn(steps, callback=[evaluation, interruption], progress_bar=True)
+        except (EnvironmentFault, NotFiniteError) as error:
+            print(f"sbac train: {error}", file=sys.stderr)
+            code = 1
+    model.save(folder / "model.zip", full=True)
+    if interruption.asked:
+        print(f"stopped at step {model.num_timesteps:,}; the model is in {folder / 'model.zip'}")
+        code = 130
+    elif code:
+        print(f"the model of step {model.num_timesteps:,} is in {folder / 'model.zip'}", file=sys.stderr)
+    model.logger.close()
+    if (folder / "progress.csv").exists():
+        plot_learning_curve(folder, folder / "learning_curve.png")
+    if code == 0:
+        mean, deviation = evaluate_policy(model, options.env, n_eval_episodes=20, seed=options.seed + 1)
+        print(f"return over 20 episodes: {mean:.1f} +- {deviation:.1f}")
+        print(f"see it: sbac watch {folder}    its curve: {folder / 'learning_curve.png'}")
+    return code
+
+
+def _hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
+    """From the recipe, overridden by what the command line says."""
+    arguments = {} if options.no_recipe else load_recipe(options.algorithm, options.env)
+    if options.n_envs is not None:
+        arguments["n_envs"] = options.n_envs
+    tables: dict[str, dict[str, Any]] = {}
+    for assignment in options.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, not {assignment!r}")
+        table, dot, key = name.strip().partition(".")
+        if dot:
+            tables.setdefault(table, {})[key] = _value(text)
+        else:
+            arguments[table] = read_value(table, _value(text))
+    for table, entries in tables.items():
+        known = arguments.get(table)
+        arguments[table] = read_value(table, {**(known if isinstance(known, dict) else {}), **entries})
+    for reserved in ("env", "policy", "seed", "device"):
+        if reserved in arguments:
+            raise ValueError(f"--set {reserved}=...: the command line has an argument of its own for this")
+    return arguments
+
+
+def _value(text: str) -> Any:
+    """A value as TOML writes it; words without quotes are strings, and none is None."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        booleans = {"true": True, "false": False}
+        return booleans.get(text.strip().lower(), text.strip())
+
+
+def _new_folder(wanted: Path | None, name: str, env_id: str) -> Path:
+    if wanted is not None:
+        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+            raise FileExistsError(f"--out {wanted} exists already; nothing was overwritten: name another folder, or remove it")
+        folder = wanted
+    else:
+        number = 1
+        while (folder := Path("runs") / f"{name}_{env_id.replace('/', '-').replace(':', '-')}_{number}").exists():
+            number += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write_config(folder: Path, model: BaseAlgorithm, env_id: str, steps: int, arguments: dict[str, Any]) -> None:
+    config = {
+        "algorithm": type(model).__name__,
+        "env": env_id,
+        "seed": model.seed,
+        "steps": steps,
+        "arguments": encode(arguments)[0],
+        "sbac": sbac.__version__,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class _Interruption(BaseCallback):
+    """Stops at the next step once Ctrl-C was pressed."""
+
+    asked = False
+
+    def _on_step(self) -> bool:
+        return not self.asked
+
+
+@contextmanager
+def _interruption() -> Iterator[_Interruption]:
+    """While it lasts, a first Ctrl-C stops at the next step, and a second one at once."""
+    callback = _Interruption()
+
+    def ask(*_: object) -> None:
+        if callback.asked:
+            raise KeyboardInterrupt
+        callback.asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield callback
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# Eval, watch, plot, inspect.
+
+
+def _model_file(path: Path) -> Path:
+    """The file itself, or the best model of a run's folder."""
+    if not path.is_dir():
+        return path
+    for name in ("best_model.zip", "model.zip"):
+        if (path / name).exists():
+            return path / name
+    raise FileNotFoundError(f"{path} holds neither best_model.zip nor model.zip: is it the folder of a run?")
+
+
+def _env_of(options: argparse.Namespace, file: Path) -> str:
+    env_id = options.env or inspect(file)["config"].get("env_id")
+    if not env_id:
+        raise ValueError(f"{file} does not name its environment: add --env ID")
+    return str(env_id)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    file = _model_file(options.model)
+    env_id = _env_of(options, file)
+    env = make_environments(env_id, options.n_envs)
+    model = load(file, device=options.device)
+    model.check_env(env)
+    returns, lengths = evaluate_policy(
+        model,
+        env,
+        n_eval_episodes=options.episodes,
+        deterministic=not options.stochastic,
+        return_episode_rewards=True,
+        seed=options.seed,
+    )
+    env.close()
+    print(f"{file} on {env_id}, {len(returns)} episodes, {'drawn' if options.stochastic else 'deterministic'} actions")
+    print(f"return {np.mean(returns):.2f} +- {np.std(returns):.2f} (from {min(returns):.2f} to {max(returns):.2f})")
+    print(f"length {np.mean(lengths):.1f}")
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    file = _model_file(options.model)
+    env_id = _env_of(options, file)
+    model = load(file, device=options.device)
+    render_mode = "human" if options.video is None else "rgb_array"
+    door = make_environments(lambda: gymnasium.make(env_id, render_mode=render_mode))
+    model.check_env(door)
+    env = door.env.envs[0]
+    frames: list[Any] = []
+    for episode in range(options.episodes):
+        obs, _ = env.reset(seed=options.seed + episode)
+        total, ended, length = 0.0, False, 0
+        while not ended:
+            if options.video is not None:
+                frames.append(env.render())
+            action, _ = model.predict(obs, deterministic=not options.stochastic)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, ended, length = total + float(reward), terminated or truncated, length + 1
+        print(f"episode {episode + 1}: return {total:.2f}, {length} steps")
+    if options.video is not None:
+        write_video(options.video, frames, fps=env.metadata.get("render_fps", 30))
+        print(f"{options.video}: {len(frames)} frames")
+    env.close()
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    path = options.out or options.runs[0] / "learning_curve.png"
+    print(plot_learning_curve(options.runs, path, title=options.title))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    file = _model_file(options.model)
+    content = inspect(file)
+    if options.json:
+        print(json.dumps(content, indent=2))
+        return 0
+    meta, config = content["meta"], content["config"]
+    print(f"{file}: {meta.get('class')}, format {meta['format_version']}")
+    print("  written with " + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()))
+    print("  " + ", ".join(f"{name.strip('_')} {count:,}" for name, count in meta.get("counters", {}).items()))
+    print(f"  environment {config.get('env_id')}")
+    print(f"  observations {json.dumps(config.get('observation_space'))}")
+    print(f"  actions {json.dumps(config.get('action_space'))}")
+    print("  arguments")
+    for name, value in config.get("arguments", {}).items():
+        print(f"    {name} = {json.dumps(value)}")
+    print(f"  {len(content['arrays'])} arrays, {sum(array['bytes'] for array in content['arrays']):,} bytes")
+    for array in content["arrays"]:
+        print(f"    {array['name']} {tuple(array['shape'])} {array['dtype']}")
+    print(f"  full checkpoint: {'yes' if content['state'] else 'no'}; Python objects: {'yes' if content['objects'] else 'no'}")
+    return 0
