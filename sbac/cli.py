@@ -305,6 +305,8 @@ def _watch(options: argparse.Namespace) -> int:
             action, _ = model.predict(obs, deterministic=not options.stochastic)
             obs, reward, terminated, truncated, _ = env.step(action)
             total, ended, length = total + float(reward), terminated or truncated, length + 1
+        if options.video is not None:
+            frames.append(env.render())
         print(f"episode {episode + 1}: return {total:.2f}, {length} steps")
     if options.video is not None:
         write_video(options.video, frames, fps=env.metadata.get("render_fps", 30))

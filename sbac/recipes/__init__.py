@@ -10,6 +10,9 @@ import tomllib
 from importlib import resources
 from typing import Any
 
+from torch import nn
+
+from sbac.guards import nearest
 from sbac.noise import noise_from_config
 from sbac.schedules import parse_schedule
 
@@ -37,13 +40,23 @@ def read_value(name: str, value: Any) -> Any:
     Args:
         name: Of the argument.
         value: From TOML. A string such as "lin_0.001" is a schedule, a table for `action_noise` a noise with its
-            ``kind``; all else stands for itself.
+            ``kind`` (mean 0 unless it says more), ``activation_fn`` in `policy_kwargs` the name of a class in
+            `torch.nn`; all else stands for itself.
 
     Raises:
-        ValueError: The value names a schedule or a noise, but wrongly.
+        ValueError: The value names a schedule, a noise or an activation, but wrongly.
     """
     if name == "action_noise" and isinstance(value, dict):
-        return noise_from_config(value)
+        return noise_from_config({"mean": 0.0, **value})
+    if name == "policy_kwargs" and isinstance(value, dict) and isinstance(value.get("activation_fn"), str):
+        return {**value, "activation_fn": _activation(value["activation_fn"])}
     if isinstance(value, str) and (value.startswith("lin_") or value.endswith(")")):
         return parse_schedule(value)
     return value
+
+
+def _activation(name: str) -> type[nn.Module]:
+    known = {key: found for key, found in vars(nn.modules.activation).items() if isinstance(found, type)}
+    if name not in known or not issubclass(known[name], nn.Module):
+        raise ValueError(f"policy_kwargs: activation_fn {name!r} is no class of torch.nn{nearest(name, known)}")
+    return known[name]

@@ -1,0 +1,213 @@
+"""The command line, run as a user runs it: in a folder of its own, judged by what it prints, returns and leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from PIL import Image
+
+from sbac import load
+from sbac.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A finished short run of A2C."""
+    assert main(["train", "--steps", "2000", "--out", "run", "--eval-episodes", "2"]) == 0
+    return folder / "run"
+
+
+def test_train_leaves_one_folder_with_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "model.zip",
+        "best_model.zip",
+        "config.json",
+        "progress.csv",
+        "evaluations.npz",
+        "learning_curve.png",
+    }
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+    config = json.loads((run / "config.json").read_text())
+    assert (config["algorithm"], config["env"], config["seed"], config["steps"]) == ("A2C", "CartPole-v1", 0, 2000)
+    assert config["arguments"] == {"n_envs": 8}  # from the recipe
+    assert load(run / "model.zip").num_timesteps == 2000
+    history = np.load(run / "evaluations.npz")
+    assert history["timesteps"].tolist() == list(range(96, 2000, 96))  # a twentieth, in whole steps of 8
+    assert history["results"].shape == (20, 2)
+    assert Image.open(run / "learning_curve.png").size[0] > 400
+    printed = capsys.readouterr().out
+    assert "n_envs=8" in printed
+    assert "return over 20 episodes" in printed
+
+
+def test_default_folders_are_numbered(folder: Path) -> None:
+    for _ in range(2):
+        assert main(["train", "--steps", "16", "--eval-episodes", "1"]) == 0
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["A2C_CartPole-v1_1", "A2C_CartPole-v1_2"]
+
+
+def test_set_overrides_the_recipe(folder: Path) -> None:
+    arguments = [
+        "--set gamma=0.5",
+        "--set policy_kwargs.net_arch=[16,8]",
+        "--set action_noise.kind=ornstein_uhlenbeck",
+        "--set action_noise.sigma=0.4",
+        "--set critic_learning_rate=lin_0.01",
+        "--set max_grad_norm=none",
+    ]
+    words = " ".join(["train ddpg Pendulum-v1 --steps 20 --out run --eval-episodes 1", *arguments]).split()
+    assert main(words) == 0
+    model = load("run/model.zip")
+    assert model.gamma == 0.5
+    assert model.policy_kwargs == {"net_arch": [16, 8]}
+    assert model.action_noise.to_config()["kind"] == "ornstein_uhlenbeck"
+    assert model.action_noise.sigma == 0.4
+    assert model.critic_learning_rate(0.5) == 0.005
+    assert model.max_grad_norm is None
+    assert model.batch_size == 256  # still the recipe's
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("train a3d CartPole-v1", ["unknown algorithm 'a3d'", "a2c"]),
+        ("train a2c CartPol-v1", ["unknown environment 'CartPol-v1'", "'CartPole-v1'"]),
+        ("train a2c CartPole-v1 --policy MlpPolcy", ["no policy 'MlpPolcy'", "'MlpPolicy'"]),
+        ("train a2c CartPole-v1 --set gama=0.9", ["no argument 'gama'", "'gamma'"]),
+        ("train a2c CartPole-v1 --set gamma=1.5", ["gamma", "at most 1", "1.5"]),
+        ("train a2c CartPole-v1 --set gamma", ["NAME=VALUE", "'gamma'"]),
+        ("train a2c CartPole-v1 --set seed=3", ["seed", "argument of its own"]),
+        ("train a2c CartPole-v1 --set policy_kwargs.net_arc=[8]", ["'net_arc'", "'net_arch'"]),
+        ("train ddpg CartPole-v1", ["Discrete(2)", "DDPG"]),
+        ("train a2c CartPole-v1 --steps -3", ["--steps", "-3"]),
+        ("train a2c CartPole-v1 --device gpu9", ["device", "gpu9"]),
+        ("eval nothing.zip", ["nothing.zip"]),
+        ("inspect nothing.zip", ["nothing.zip"]),
+        ("plot nothing", ["nothing"]),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: str, parts: list[str]
+) -> None:
+    assert main(words.split()) == 2
+    errors = capsys.readouterr().err.strip()
+    assert len(errors.splitlines()) == 1
+    assert all(part in errors for part in parts), errors
+    assert list(folder.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_touched(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert main(["train", "--steps", "50", "--out", "run"]) == 2
+    assert "run exists already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_eval_reads_the_best_model_of_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["eval", "run", "--episodes", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "run/best_model.zip on CartPole-v1, 3 episodes" in printed
+    assert main(["eval", "run/model.zip", "--env", "Pendulum-v1"]) == 2
+    errors = capsys.readouterr().err
+    assert "Discrete(2)" in errors or "Box" in errors
+
+
+def test_watch_writes_films(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    assert main(["watch", "run", "--episodes", "2", "--video", "films/run.gif"]) == 0
+    printed = capsys.readouterr().out
+    steps = [int(line.split(", ")[1].split()[0]) for line in printed.splitlines() if line.startswith("episode ")]
+    assert len(steps) == 2
+    film = Image.open("films/run.gif")
+    milliseconds = 0
+    for frame in range(film.n_frames):  # equal neighbours are one frame that lasts longer
+        film.seek(frame)
+        milliseconds += film.info["duration"]
+    assert milliseconds == 20 * sum(steps + [1, 1])  # CartPole renders 50 frames a second, and each end is shown
+    assert main(["watch", "run", "--episodes", "1", "--video", "run.mp4"]) == 0
+    assert Path("run.mp4").stat().st_size > 1000
+    assert main(["watch", "run", "--video", "run.avi"]) == 2
+    assert main(["watch", "run", "--episodes", "1"]) == 0  # a window, on a screen that nobody sees
+
+
+def test_plot_and_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", "run", "--out", "curve.png"]) == 0
+    assert Image.open("curve.png").size[0] > 400
+    capsys.readouterr()
+    assert main(["inspect", "run/model.zip"]) == 0
+    printed = capsys.readouterr().out
+    assert "A2C, format 1" in printed
+    assert "policy/action_net.weight (2, 64) float32" in printed
+    assert "full checkpoint: yes" in printed
+    assert main(["inspect", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["env_id"] == "CartPole-v1"
+
+
+class _Failing(gymnasium.Env[np.ndarray, np.ndarray]):
+    """Sends NaN at its 30th step."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    steps = 0
+
+    def reset(self, **kwargs: object) -> tuple[np.ndarray, dict[str, object]]:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
+        self.steps += 1
+        return np.zeros(2, np.float32), float("nan") if self.steps == 30 else 0.0, False, False, {}
+
+
+def test_a_failing_environment_is_named_and_the_model_saved(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gymnasium.register("Failing-v0", entry_point=_Failing, max_episode_steps=5)
+    try:
+        assert main("train a2c Failing-v0 --steps 100 --out run --eval-episodes 1 --eval-freq 1000".split()) == 1
+    finally:
+        gymnasium.registry.pop("Failing-v0")
+    errors = capsys.readouterr().err
+    assert "environment 0" in errors
+    assert "step 30" in errors
+    assert "run/model.zip" in errors
+    model = load("run/model.zip")
+    assert model.num_timesteps == 29
+    assert all(np.isfinite(tensor.numpy()).all() for tensor in model.policy.state_dict().values())
+
+
+def test_ctrl_c_stops_at_the_next_step_saves_and_says_where(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sbac", "train", "--steps", "10000000", "--out", "run", "--eval-freq", "10000000"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "run/config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, printed
+    assert "the model is in run/model.zip" in printed
+    assert "Traceback" not in printed
+    assert load("run/model.zip").num_timesteps > 0
+
+
+def test_python_m_sbac_is_the_command() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-m", "sbac", "--version"], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("sbac ")
