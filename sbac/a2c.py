@@ -17,7 +17,7 @@ from torch.nn import functional
 from sbac.base import BaseAlgorithm
 from sbac.buffers import RolloutBatch, RolloutBuffer
 from sbac.callbacks import MaybeCallback
-from sbac.envs import EnvironmentLike
+from sbac.envs import EnvironmentLike, Environments
 from sbac.gae import explained_variance, gae
 from sbac.guards import require_number, require_whole
 from sbac.policies import StochasticActorCritic, check_observation_space
@@ -133,7 +133,6 @@ class A2C(BaseAlgorithm):
         progress_bar: bool = False,
     ) -> Self:
         if reset_num_timesteps:
-            self.rollout_buffer.reset()
             self._n_rollouts = 0
         with self._training(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
@@ -213,6 +212,10 @@ class A2C(BaseAlgorithm):
             "grad_norm": grad_norm,
             "explained_variance": explained_variance(value.detach(), return_),
         }
+
+    def _start_episodes(self, env: Environments) -> None:
+        super()._start_episodes(env)
+        self.rollout_buffer.reset()
 
     def _check_spaces(self) -> None:
         if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):

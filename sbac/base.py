@@ -35,10 +35,10 @@ class _ChecksNames(ABCMeta):
     """Refuses hyperparameters that an algorithm does not have, with the nearest that it has."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        known = inspect.signature(cls.__init__).parameters
+        known = checkpoint.argument_names(cls)
         for name in kwargs:
             if name not in known:
-                raise TypeError(f"{cls.__name__} has no argument {name!r}{nearest(name, list(known)[1:])}")
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{nearest(name, known)}")
         return super().__call__(*args, **kwargs)
 
 
@@ -79,6 +79,7 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]]
     policy: Any
+    _shorthands: ClassVar[tuple[str, ...]] = ()  # arguments that only set others, which are what is saved
     env: Environments  # None in a model that was loaded without environments
 
     def __init__(
@@ -135,6 +136,7 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
         self._logger: Logger | None = None
+        self._event_file: TensorBoardOutputFormat | None = None
 
     # What an algorithm provides.
 
@@ -189,7 +191,7 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         try:
             return torch.device("cpu" if device == "auto" else device)
         except RuntimeError as error:
-            raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or another name torch knows, not {device!r}") from error
+            raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or another that torch knows, not {device!r}") from error
 
     def _make_policy(self, **kwargs: Any) -> Any:
         """Build the policy with its own random numbers, and name what `policy_kwargs` gets wrong."""
@@ -310,11 +312,17 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         self._logger = logger
 
     def _setup_logger(self, name: str, is_new_run: bool) -> None:
-        kinds = {type(output) for output in self.logger.output_formats}
+        outputs = self.logger.output_formats
+        if is_new_run and self._event_file in outputs:
+            outputs.remove(self._event_file)
+            self._event_file.close()
+        kinds = {type(output) for output in outputs}
         if self.verbose >= 1 and HumanOutputFormat not in kinds:
             self.logger.add_output(HumanOutputFormat())
         if self.tensorboard_log is not None and TensorBoardOutputFormat not in kinds:
-            self.logger.add_output(TensorBoardOutputFormat(_run_folder(Path(self.tensorboard_log), name, is_new_run)))
+            folder = _run_folder(Path(self.tensorboard_log), name, is_new_run)
+            self._event_file = TensorBoardOutputFormat(folder)
+            self.logger.add_output(self._event_file)
 
     def _log(self, numbers: Mapping[str, Tensor]) -> None:
         """Remember the numbers of one update; the log shows their means since its last row."""
@@ -382,10 +390,10 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         obs = np.asarray(observation)
         shape = space.shape or ()
         single = obs.shape == shape
-        if not single and obs.shape[1:] != shape or obs.dtype.kind not in "fiub":
+        if not (single or obs.shape[1:] == shape) or obs.dtype.kind not in "fiub":
             raise ValueError(
-                f"predict: the observation has shape {obs.shape} and dtype {obs.dtype}; the model was made for {space}: "
-                f"pass shape {shape}, or {('n', *shape)} for a batch"
+                f"predict: the observation has shape {obs.shape} and dtype {obs.dtype}, but the model was made for "
+                f"{space}: pass shape {shape}, or {('n', *shape)} for a batch"
             )
         obs = obs.astype(space.dtype, copy=False)
         if not all_finite(obs):
@@ -412,7 +420,7 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
             ValueError: Spaces or number of environments differ.
         """
         new = make_environments(env, 1 if isinstance(env, (list, tuple)) else self._n_to_make(env))
-        self._require_same_spaces(new)
+        self.check_env(new)
         if new.num_envs != self.n_envs:
             raise ValueError(f"set_env: the model works with {self.n_envs} environments at once, got {new.num_envs}")
         self.env = new
@@ -422,7 +430,12 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
     def _n_to_make(self, env: EnvironmentLike) -> int:
         return self.n_envs if isinstance(env, str) or (callable(env) and not hasattr(env, "step")) else 1
 
-    def _require_same_spaces(self, env: Environments) -> None:
+    def check_env(self, env: Environments) -> None:
+        """Refuse environments with other spaces than the model's.
+
+        Raises:
+            ValueError: Naming both spaces.
+        """
         for what, own, given in (
             ("observation", self.observation_space, env.observation_space),
             ("action", self.action_space, env.action_space),
@@ -470,18 +483,20 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         Raises:
             ValueError: Names are unknown or, with `exact_match`, missing, or shapes differ. Nothing is changed then.
         """
-        if not isinstance(load_path_or_dict, Mapping):
-            load_path_or_dict = type(self).load(load_path_or_dict).get_parameters()
+        if isinstance(load_path_or_dict, Mapping):
+            given: Mapping[str, Mapping[str, Any]] = load_path_or_dict
+        else:
+            given = type(self).load(load_path_or_dict).get_parameters()
         own = self.get_parameters()
-        unknown = sorted(set(load_path_or_dict) - set(own))
-        missing = sorted(set(own) - set(load_path_or_dict))
+        unknown = sorted(set(given) - set(own))
+        missing = sorted(set(own) - set(given))
         if unknown or (exact_match and missing):
-            raise ValueError(f"set_parameters: unknown {unknown}, missing {missing if exact_match else []}; known: {sorted(own)}")
-        if "policy" in load_path_or_dict:
-            checkpoint.load_policy(self.policy, load_path_or_dict["policy"], exact_match)
+            raise ValueError(f"set_parameters: unknown {unknown}, missing {missing}; known: {sorted(own)}")
+        if "policy" in given:
+            checkpoint.load_policy(self.policy, given["policy"], exact_match)
         for name, network in self._trained().items():
-            if f"{name}.optimizer" in load_path_or_dict:
-                network.optimizer.load_state_dict(dict(load_path_or_dict[f"{name}.optimizer"]))
+            if f"{name}.optimizer" in given:
+                network.optimizer.load_state_dict(dict(given[f"{name}.optimizer"]))
 
     def _trained(self) -> dict[str, Trainable]:
         """The networks that have an optimizer."""

@@ -112,10 +112,10 @@ class RolloutBuffer:
         self.truncated[row] = step.truncated
         self.valid[row] = step.valid
         for i in np.flatnonzero(step.truncated & ~step.terminated):
-            self._cut_obs.append(np.array(step.successor[i]))
+            self._cut_obs.append(np.array(step.successor[i], self.obs.dtype))
             self._cut_index.append((row, int(i)))
         # The newest successors are what a rollout that ends here bootstraps from.
-        self._last_successor = np.array(step.successor)
+        self._last_successor = np.array(step.successor, self.obs.dtype)
         self.pos += 1
 
     def get(self) -> RolloutBatch:
@@ -150,7 +150,12 @@ class RolloutBuffer:
         return state
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Hold what `get_state` returned."""
+        """Hold what `get_state` returned.
+
+        Raises:
+            ValueError: The arrays were made for other spaces or do not fit into this buffer, which stays as it was.
+        """
+        _require_fit(self, _ROLLOUT_ARRAYS, state)
         self.reset()
         self.pos = len(state["obs"])
         for name in _ROLLOUT_ARRAYS:
@@ -264,23 +269,32 @@ class ReplayBuffer:
         """Hold what `get_state` returned.
 
         Raises:
-            ValueError: The arrays were made for other spaces or do not fit into this buffer.
+            ValueError: The arrays were made for other spaces or do not fit into this buffer, which stays as it was.
         """
-        for name in _REPLAY_ARRAYS:
-            own, given = getattr(self, name), state[name]
-            if given.shape[1:] != own.shape[1:] or given.dtype != own.dtype or len(given) > len(own):
-                raise ValueError(
-                    f"replay buffer: the stored {name} has shape {given.shape} and dtype {given.dtype}, which does not "
-                    f"fit this buffer's {own.shape} and {own.dtype}: it was made with other spaces or a larger buffer_size"
-                )
-        size = len(state["obs"])
-        for name in _REPLAY_ARRAYS:
-            getattr(self, name)[:size] = state[name]
+        _require_fit(self, _REPLAY_ARRAYS, state)
+        size, pos = len(state["obs"]), int(state["pos"])
         self.full = size == self.buffer_size
-        self.pos = int(state["pos"]) if self.full else size % self.buffer_size
+        # The ring of a smaller buffer may begin anywhere: laid out from its oldest transition, the first to go.
+        in_order = self.full or pos in (0, size)
+        rows = slice(size) if in_order else (np.arange(size) - pos) % size
+        for name in _REPLAY_ARRAYS:
+            getattr(self, name)[rows] = state[name]
+        self.pos = pos % self.buffer_size if self.full else size
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array, device=self.device)
 
 
 _REPLAY_ARRAYS = ("obs", "action", "reward", "terminated", "successor")
+
+
+def _require_fit(buffer: RolloutBuffer | ReplayBuffer, names: tuple[str, ...], state: dict[str, np.ndarray]) -> None:
+    size = len(state[names[0]])
+    for name in names:
+        own, given = getattr(buffer, name), state[name]
+        if given.shape != (size, *own.shape[1:]) or given.dtype != own.dtype or size > len(own):
+            raise ValueError(
+                f"{type(buffer).__name__}: the stored {name} has shape {given.shape} and dtype {given.dtype}, which "
+                f"does not fit this buffer's {own.shape} and {own.dtype}: it was made with other spaces, another "
+                "number of environments or a larger buffer"
+            )

@@ -165,8 +165,22 @@ def _replay_buffer(model: Any) -> Any:
 
 def _arguments(model: BaseAlgorithm) -> dict[str, Any]:
     """The constructor's arguments as the model's attributes hold them now."""
-    names = [name for name in inspect.signature(type(model).__init__).parameters if name not in ("self", "env", "device")]
+    names = [name for name in argument_names(type(model)) if name not in ("env", "device", *model._shorthands)]
     return {name: model._policy_argument if name == "policy" else getattr(model, name) for name in names}
+
+
+def argument_names(cls: type) -> list[str]:
+    """The names of a class's constructor arguments, with those that ``**kwargs`` passes on to the classes above."""
+    names: dict[str, None] = {}
+    for owner in cls.__mro__:
+        init = vars(owner).get("__init__")
+        if init is None:
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        names.update((p.name, None) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
 
 
 def _decode_arguments(file: Archive, cls: type, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,6 +250,8 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
 
 def _set_state(model: Any, file: Archive) -> None:
     data, arrays = file.state or {}, _below(file.arrays, "state/")
+    # What belongs to single environments is of no use to another number of them: their episodes begin anew.
+    same_environments = file.config["arguments"]["n_envs"] == model.n_envs
     if "generator" in data:
         model.generator.bit_generator.state = decode(data["generator"])
         for name in ("_act_generator", "_predict_generator"):
@@ -243,14 +259,15 @@ def _set_state(model: Any, file: Archive) -> None:
     if "ep_info_buffer" in data:
         model.ep_info_buffer.extend(decode(data["ep_info_buffer"]))
         model.ep_success_buffer.extend(data["ep_success_buffer"])
-        model._episode_return = arrays["episodes/return"]
-        model._episode_length = arrays["episodes/length"]
+        if same_environments:
+            model._episode_return = arrays["episodes/return"]
+            model._episode_length = arrays["episodes/length"]
     noise = _below(arrays, "noise/")
-    if noise:
+    if noise and same_environments:
         model.action_noise.set_state(noise)
     for name, buffer in model._buffers().items():
         stored = _below(arrays, f"{name}/")
-        if stored:
+        if stored and (same_environments or name == "replay_buffer"):
             buffer.set_state(stored)
 
 

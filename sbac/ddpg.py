@@ -302,5 +302,13 @@ class DDPG(BaseAlgorithm):
             )
         check_observation_space(self.observation_space, "DDPG")
 
+    def _record_more(self) -> None:
+        actor_rate, critic_rate = self._now(self.actor_learning_rate), self._now(self.critic_learning_rate)
+        if self.learning_rate is not None:
+            self.logger.record("train/learning_rate", actor_rate)
+        else:
+            self.logger.record("train/actor_learning_rate", actor_rate)
+            self.logger.record("train/critic_learning_rate", critic_rate)
+
     def _buffers(self) -> dict[str, Any]:
         return {"replay_buffer": self.replay_buffer}

@@ -7,6 +7,7 @@ autoreset mode, a Stable-Baselines ``VecEnv``) becomes one thing, `Environments`
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -67,6 +68,10 @@ class ActionCodec:
             self.rescales = bool(np.isfinite(self._low).all() and np.isfinite(self._high).all())
             self._center = (self._high / 2 + self._low / 2) if self.rescales else np.zeros_like(self._low)
             self._half_range = (self._high / 2 - self._low / 2) if self.rescales else np.ones_like(self._low)
+            if self.rescales:
+                # Where rounding would keep +-1 off a bound, reach a little beyond it: `to_env` clips.
+                short = (self._center + self._half_range < self._high) | (self._center - self._half_range > self._low)
+                self._half_range += short * np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
         elif isinstance(space, spaces.Discrete):
             self._start = int(space.start)
 
@@ -110,8 +115,11 @@ class Infos(Sequence[dict[str, Any]]):
         index = range(self._n_envs)[index]
         if index not in self.ends:
             return _one_info(self._raw, index)
+        source = self._raw
         final = self._raw.get("final_info")
-        source = final if isinstance(final, Mapping) else self._raw
+        if isinstance(final, Mapping):
+            # Gymnasium's vector RecordEpisodeStatistics writes beside final_info, not into it.
+            source = {key: self._raw[key] for key in ("episode", "_episode") if key in self._raw} | dict(final)
         return {**_one_info(source, index), **self.ends[index]}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -122,7 +130,7 @@ def _one_info(raw: Mapping[str, Any], index: int) -> dict[str, Any]:
     """The entries of Gymnasium's vector info that environment `index` sent."""
     info: dict[str, Any] = {}
     for key, value in raw.items():
-        if key.startswith("_") and key[1:] in raw or key in ("final_obs", "final_info"):
+        if (key.startswith("_") and key[1:] in raw) or key in ("final_obs", "final_info"):
             continue
         sent = raw.get(f"_{key}")
         if sent is not None and not sent[index]:
@@ -130,7 +138,7 @@ def _one_info(raw: Mapping[str, Any], index: int) -> dict[str, Any]:
         if isinstance(value, Mapping):
             info[key] = _one_info(value, index)
         else:
-            info[key] = value[index] if np.ndim(value) > 0 or isinstance(value, (list, tuple)) else value
+            info[key] = value[index] if isinstance(value, (list, tuple)) or np.ndim(value) > 0 else value
     return info
 
 
@@ -160,22 +168,26 @@ class _GymnasiumAdapter:
         mode = env.metadata.get("autoreset_mode")
         if mode is None:
             warnings.warn(
-                f"{env!r} does not state metadata['autoreset_mode']; taken for next-step autoreset, Gymnasium's default",
+                f"{env!r} does not state metadata['autoreset_mode']; "
+                "taken for next-step autoreset, Gymnasium's default",
                 stacklevel=4,
             )
         self._mode = AutoresetMode(mode or AutoresetMode.NEXT_STEP)
         self._ended = np.zeros(self.num_envs, dtype=bool)
+        self._reuses_memory = getattr(env.unwrapped, "copy", True) is False
 
     def reset(self, seed: int | None) -> np.ndarray:
         seeds: Any = seed
         if seed is not None and isinstance(self.env.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
-            seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1]
+            seeds = _words(seed, self.num_envs)
         obs, _ = self.env.reset(seed=seeds)
         self._ended = np.zeros(self.num_envs, dtype=bool)
-        return obs
+        return obs.copy() if self._reuses_memory else obs
 
     def step(self, actions: np.ndarray) -> Step:
         obs, reward, terminated, truncated, raw = self.env.step(actions)
+        if self._reuses_memory:
+            obs = obs.copy()
         valid = np.ones(self.num_envs, dtype=bool)
         if self._mode is AutoresetMode.NEXT_STEP:
             valid = ~self._ended
@@ -195,13 +207,24 @@ class _GymnasiumAdapter:
                     successor[i] = raw["final_obs"][i]
             elif self._mode is AutoresetMode.DISABLED:
                 obs, _ = self.env.reset(options={"reset_mask": ended})
+                if self._reuses_memory:
+                    obs = obs.copy()
             ends = _ends(indices, successor, terminated)
         self._ended = ended
-        return Step(
-            obs, reward, terminated, truncated, successor, valid, Infos(raw, self.num_envs, ends)
-        )
+        return Step(obs, reward, terminated, truncated, successor, valid, Infos(raw, self.num_envs, ends))
 
     def close(self) -> None:
+        base = self.env.unwrapped
+        if isinstance(base, AsyncVectorEnv) and _killed_workers(base):
+            # Its own close would wait for ever for the answers to the step in which a worker died.
+            for process in base.processes:
+                process.terminate()
+            for process in base.processes:
+                process.join()
+            for pipe in base.parent_pipes:
+                if pipe is not None:
+                    pipe.close()
+            base.closed = True
         self.env.close()
 
 
@@ -216,7 +239,8 @@ class _StableBaselinesAdapter:
 
     def reset(self, seed: int | None) -> np.ndarray:
         if seed is not None:
-            self.env.seed(seed)
+            # It counts on from one seed, environment by environment: from a random one, so that runs do not overlap.
+            self.env.seed(_words(seed, 1)[0])
         return self.env.reset()
 
     def step(self, actions: np.ndarray) -> Step:
@@ -235,10 +259,29 @@ class _StableBaselinesAdapter:
         self.env.close()
 
 
+def _words(seed: int, count: int) -> list[int]:
+    """Seeds derived from one seed, of 31 bits each."""
+    return [int(word) for word in np.random.SeedSequence(seed).generate_state(count) >> 1]
+
+
+def _killed_workers(env: AsyncVectorEnv, patience: float = 0.0) -> dict[int, int | None]:
+    """Exit codes of the workers that are gone although their environment raised nothing.
+
+    A pipe breaks a moment before its process counts as dead: `patience` is how many seconds to wait for that.
+    """
+    if env.closed:
+        return {}
+    ended = multiprocessing.connection.wait([process.sentinel for process in env.processes], timeout=patience)
+    codes: dict[int, int | None] = {}
+    for i, (pipe, process) in enumerate(zip(env.parent_pipes, env.processes, strict=True)):
+        if pipe is not None and process.sentinel in ended:
+            process.join()
+            codes[i] = process.exitcode
+    return codes
+
+
 def _ends(indices: np.ndarray, successor: np.ndarray, terminated: np.ndarray) -> dict[int, dict[str, Any]]:
-    return {
-        int(i): {"terminal_observation": successor[i], "TimeLimit.truncated": not terminated[i]} for i in indices
-    }
+    return {int(i): {"terminal_observation": successor[i], "TimeLimit.truncated": not terminated[i]} for i in indices}
 
 
 class Environments:
@@ -274,7 +317,7 @@ class Environments:
         spec = getattr(self.env, "spec", None)
         if spec is None and isinstance(getattr(self.env, "unwrapped", None), SyncVectorEnv):
             spec = self.env.unwrapped.envs[0].spec
-        return spec.id if spec is not None else None
+        return getattr(spec, "id", None)
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Start a new episode everywhere.
@@ -353,20 +396,20 @@ class Environments:
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
         if isinstance(error, EnvironmentFault):
             return error
-        return EnvironmentFault(f"{self._culprits()} raised {type(error).__name__} at {where}: {error}")
-
-    def _culprits(self) -> str:
-        """Which worker of an `AsyncVectorEnv` failed: its pipe is gone or its process is dead."""
+        who = f"the vector environment {self.env!r}"
         base = getattr(self.env, "unwrapped", self.env)
         if isinstance(base, AsyncVectorEnv):
-            failed = [
-                str(i)
-                for i, (pipe, process) in enumerate(zip(base.parent_pipes, base.processes, strict=True))
-                if pipe is None or not process.is_alive()
-            ]
-            if failed:
-                return f"environment {', '.join(failed)} of {self.env!r}"
-        return f"the vector environment {self.env!r}"
+            killed = _killed_workers(base, patience=1.0 if isinstance(error, (EOFError, OSError)) else 0.0)
+            if killed:
+                deaths = ", ".join(f"{i} (exit code {code})" for i, code in killed.items())
+                return EnvironmentFault(
+                    f"the process of environment {deaths} of {self.env!r} died, noticed at {where}; "
+                    "it was killed, crashed, or ran out of memory: make the environments anew"
+                )
+            raised = ", ".join(str(i) for i, pipe in enumerate(base.parent_pipes) if pipe is None)
+            if raised:
+                who = f"environment {raised} of {self.env!r}"
+        return EnvironmentFault(f"{who} raised {type(error).__name__} at {where}: {error}")
 
 
 class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -403,8 +446,9 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
         if array.shape != self._shape or not (is_index or np.can_cast(array.dtype, self._dtype)):
             raise EnvironmentFault(
                 f"environment {self._index} ({self._name}) sent an observation of shape {array.shape} and dtype "
-                f"{array.dtype} at {self._where(call)}; its observation_space promises {self._shape} and {self._dtype}: "
-                f"return an array such as numpy.asarray(obs, dtype=numpy.{self._dtype}) or correct the space"
+                f"{array.dtype} at {self._where(call)}; its observation_space promises {self._shape} and "
+                f"{self._dtype}: return an array such as numpy.asarray(obs, dtype=numpy.{self._dtype}) "
+                "or correct the space"
             )
 
     def _fault(self, call: str, error: Exception) -> EnvironmentFault:
@@ -498,7 +542,7 @@ def _from_factories(factories: list[Callable[[], gymnasium.Env[Any, Any]]]) -> E
                 f"the function for environment {index} returned {type(env).__module__}.{type(env).__qualname__}, "
                 "not a gymnasium.Env"
             )
-        if any(env is other for other in made):
+        if any(env.unwrapped is other.unwrapped for other in made):
             raise ValueError(
                 f"the function for environment {index} returned the same object as an earlier one; "
                 "each environment must be an object of its own: make it inside the function"

@@ -36,7 +36,8 @@ def load(path: PathLike, *args: Any, **kwargs: Any) -> BaseAlgorithm:
     """
     name = inspect_archive(path)["meta"].get("class")
     if str(name).lower() not in ALGORITHMS:
-        raise ArchiveError(f"{path} holds a {name}, which is none of {', '.join(a.__name__ for a in ALGORITHMS.values())}")
+        known = ", ".join(cls.__name__ for cls in ALGORITHMS.values())
+        raise ArchiveError(f"{path} holds a {name}, which is none of {known}")
     return algorithm(str(name)).load(path, *args, **kwargs)
 
 

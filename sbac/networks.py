@@ -40,7 +40,7 @@ class FlattenExtractor(BaseFeaturesExtractor):
         """From (B, *obs_shape) to (B, features_dim), as float32."""
         if self.start is not None:
             return nn.functional.one_hot(obs.long() - self.start, self.features_dim).float()
-        return obs.flatten(1).float()
+        return obs.reshape(len(obs), self.features_dim).float()
 
 
 def create_mlp(

@@ -33,7 +33,8 @@ class Trainable(nn.Module):
         kinds = {(leaf.dtype, leaf.device) for leaf in self._leaves}
         if len(kinds) != 1:
             raise ValueError(
-                f"{type(self).__name__} needs trainable parameters of one dtype on one device, got {sorted(map(str, kinds))}"
+                f"{type(self).__name__} needs trainable parameters of one dtype on one device, "
+                f"got {sorted(map(str, kinds))}"
             )
         flat = nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves]))
         flat.grad = torch.zeros_like(flat)
@@ -46,9 +47,7 @@ class Trainable(nn.Module):
         # Not registered as a parameter of the module: it would appear twice in its state.
         object.__setattr__(self, "flat", flat)
 
-    def set_optimizer(
-        self, optimizer_class: type[torch.optim.Optimizer], learning_rate: float, **kwargs: Any
-    ) -> None:
+    def set_optimizer(self, optimizer_class: type[torch.optim.Optimizer], learning_rate: float, **kwargs: Any) -> None:
         """Give the module its optimizer, fused where torch has such a kernel."""
         if optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
             kwargs.setdefault("fused", True)
@@ -83,7 +82,7 @@ class Trainable(nn.Module):
         gradient.zero_()
         loss.backward(inputs=self._leaves)
         norm = torch.linalg.vector_norm(gradient)
-        if not math.isfinite(norm):
+        if not math.isfinite(norm + loss.detach()):
             raise NotFiniteError(
                 f"{type(self).__name__}: the loss is {loss.item()} and the norm of its gradient {norm.item()}; the "
                 "weights are those of before this update: try a smaller learning rate, max_grad_norm, or rewards of a "
@@ -114,7 +113,7 @@ class RMSpropTFLike(torch.optim.Optimizer):
 
     Args:
         params: Parameters to optimise.
-        lr: Step size, above 0.
+        lr: Step size, at least 0.
         alpha: Decay of the squared gradient, in [0, 1).
         eps: Added under the square root, above 0.
         weight_decay: L2 penalty, at least 0.

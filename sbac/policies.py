@@ -38,12 +38,12 @@ def split_net_arch(net_arch: NetArch, names: tuple[str, str]) -> tuple[list[int]
     if isinstance(net_arch, Mapping):
         if set(net_arch) != set(names):
             raise ValueError(f"net_arch needs the keys {names[0]!r} and {names[1]!r}, not {sorted(net_arch)}")
-        archs = (list(net_arch[names[0]]), list(net_arch[names[1]]))
+        archs = (net_arch[names[0]], net_arch[names[1]])
     else:
-        archs = (list(net_arch), list(net_arch))
-    if not all(isinstance(units, int) and units > 0 for arch in archs for units in arch):
+        archs = (net_arch, net_arch)
+    if not all(isinstance(arch, Sequence) and all(isinstance(n, int) and n > 0 for n in arch) for arch in archs):
         raise ValueError(f"net_arch lists the units of each hidden layer as positive whole numbers, not {net_arch!r}")
-    return archs
+    return list(archs[0]), list(archs[1])
 
 
 def check_observation_space(space: spaces.Space[Any], algorithm: str) -> None:
@@ -142,7 +142,7 @@ class StochasticActorCritic(Trainable):
         vf_features = features if self.share_features_extractor else self.vf_features_extractor(obs)
         distribution = self._distribution(self.policy_net(features))
         if isinstance(distribution, DiagGaussianDistribution):
-            action = action.flatten(1)
+            action = action.reshape(distribution.mean.shape)
         value = self.value_net(vf_features).squeeze(-1)
         return value, distribution.log_prob(action), distribution.entropy()
 
@@ -295,7 +295,9 @@ class DeterministicActorCritic(nn.Module):
         self.device = device
         pi_arch, qf_arch = split_net_arch(net_arch, ("pi", "qf"))
         if not 0 <= action_layer <= len(qf_arch):
-            raise ValueError(f"action_layer must be from 0 to {len(qf_arch)}, the critic's last layer, not {action_layer}")
+            raise ValueError(
+                f"action_layer must be from 0 to {len(qf_arch)}, the critic's last layer, not {action_layer}"
+            )
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, not {n_critics}")
         action_dim = int(np.prod(action_space.shape or ()))

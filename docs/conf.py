@@ -1,0 +1,49 @@
+"""Settings of the manual. Build it with ``python -m sphinx docs docs/_build/html``; it needs no network."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+project = "sbac"
+release = re.search(r'^__version__ = "(.+)"$', (ROOT / "sbac/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+version = release
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"sbac {release}"
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+
+default_role = "code"  # docstrings put names into single backticks
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+
+
+def plain_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text: asterisks and bars are no markup, and an indented block of a module is shown as it is."""
+    for i, line in enumerate(lines):
+        lines[i] = re.sub(r"(`+[^`]+`+)|([*|])", lambda found: found[1] or "\\" + found[2], line)
+    if what == "module":
+        starts = [i for i in range(1, len(lines)) if lines[i].startswith("    ") and not lines[i - 1].strip()]
+        for i in reversed(starts):
+            lines[i:i] = ["::", ""]
+
+
+def skip(app, what, name, obj, skipped, options):
+    """The fields of a named tuple are in its signature."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", plain_text, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", skip)

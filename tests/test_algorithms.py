@@ -1,0 +1,645 @@
+"""What holds for every algorithm: seeds, frames around `learn`, spaces, failures, schedules."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import stable_baselines3
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+import sbac
+from sbac import A2C, DDPG, EnvironmentFault, NotFiniteError
+from sbac.base import BaseAlgorithm
+from sbac.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
+from sbac.logger import configure
+from sbac.schedules import ConstantSchedule, LinearSchedule
+
+MakeModel = Callable[..., BaseAlgorithm]
+
+# Every hyperparameter that is a float and may be a schedule.
+FLOATS = {
+    "A2C": ["learning_rate", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm"],
+    "DDPG": ["actor_learning_rate", "critic_learning_rate", "gamma", "tau", "max_grad_norm"],
+}
+
+
+def weights(model: BaseAlgorithm) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+
+
+def same(a: BaseAlgorithm | dict[str, Tensor], b: BaseAlgorithm | dict[str, Tensor]) -> bool:
+    """Whether two models have the same weights, bit for bit."""
+    a, b = (weights(x) if isinstance(x, BaseAlgorithm) else x for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Task(gymnasium.Env[Any, Any]):
+    """Noise for observations; what `fault` says happens at step `fault_at` of this environment's life.
+
+    Args:
+        make_model: Whose algorithm's kind of actions to take.
+        fault_at: Counted from 1; 0 is never.
+        fault: A reward, an observation, or an error to raise.
+    """
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self, make_model: MakeModel, fault_at: int = 0, fault: Any = None, length: int = 7) -> None:
+        is_box = make_model.cls is DDPG  # type: ignore[attr-defined]
+        self.action_space = spaces.Box(-2, 2, (1,), np.float32) if is_box else spaces.Discrete(2)
+        self.fault_at, self.fault, self.length, self.steps = fault_at, fault, length, 0
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(**kwargs)
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        obs, reward = self._obs(), float(np.sum(action))
+        if self.steps == self.fault_at:
+            if isinstance(self.fault, Exception):
+                raise self.fault
+            if isinstance(self.fault, np.ndarray):
+                obs = self.fault
+            else:
+                reward = self.fault
+        return obs, reward, self.steps % self.length == 0, self.steps % (2 * self.length) == 5, {}
+
+    def _obs(self) -> np.ndarray:
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32)
+
+
+# Seeds.
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_a_seed_fixes_every_weight(make_model, n_envs):
+    def short() -> gymnasium.Env[Any, Any]:
+        return gymnasium.make(make_model.env_id, max_episode_steps=20)
+
+    first, second, other = (make_model(short, n_envs=n_envs, seed=seed).learn(120) for seed in (5, 5, 6))
+    assert first.n_updates > 5
+    assert same(first, second)
+    assert not same(first, other)
+    returns = [[episode["r"] for episode in model.ep_info_buffer] for model in (first, second, other)]
+    assert returns[0] == returns[1] != returns[2]
+
+
+def test_no_seed_means_another_run_each_time(make_model):
+    assert not same(make_model(seed=None), make_model(seed=None))
+
+
+def test_weights_at_the_start_depend_on_the_seed_only(make_model):
+    torch.manual_seed(1)
+    first = make_model(n_envs=1)
+    torch.manual_seed(2)
+    assert same(first, make_model(n_envs=2))
+
+
+def test_environments_of_one_model_are_seeded_apart(make_model):
+    model = make_model(n_envs=4, seed=0)
+    model.learn(1)
+    assert len(np.unique(model._obs.round(6), axis=0)) == 4
+
+
+def test_global_generators_are_left_alone(make_model, tmp_path):
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    model = make_model(n_envs=2).learn(60)
+    model.predict(model.observation_space.sample(), deterministic=False)
+    sbac.evaluate_policy(model, make_model.env_id, n_eval_episodes=1, deterministic=False)
+    model.save(tmp_path / "model", full=True)
+    type(model).load(tmp_path / "model")
+
+    assert random.getstate() == before[0]
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1], strict=True))
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+# What goes on beside the learning changes no bit of it.
+
+
+class Predicts(BaseCallback):
+    def _on_step(self) -> bool:
+        obs = self.model.observation_space.sample()
+        self.model.predict(obs, deterministic=False)
+        self.model.predict(np.stack([obs, obs]))
+        return True
+
+
+def with_nothing(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
+    return make_model(n_envs=2).learn(200)
+
+
+def with_evaluation(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
+    env_id = make_model.env_id  # type: ignore[attr-defined]
+    short = [lambda: gymnasium.make(env_id, max_episode_steps=20)]
+    callback = CallbackList(
+        [
+            EvalCallback(short * 2, n_eval_episodes=3, eval_freq=7, deterministic=False, verbose=0),
+            EvalCallback(short, n_eval_episodes=1, eval_freq=10, best_model_save_path=folder, verbose=0),
+        ]
+    )
+    return make_model(n_envs=2).learn(200, callback=callback)
+
+
+def with_logs(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
+    model = make_model(n_envs=2, verbose=1, tensorboard_log=str(folder))
+    model.set_logger(configure(folder / "log", ["csv", "json", "log"]))
+    return model.learn(200, log_interval=1)
+
+
+def with_progress_bar(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
+    return make_model(n_envs=2).learn(200, progress_bar=True)
+
+
+def with_predictions(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
+    return make_model(n_envs=2).learn(200, callback=[Predicts(), ProgressBarCallback()])
+
+
+def with_saves(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
+    model = make_model(n_envs=2)
+    return model.learn(200, callback=lambda *_: model.save(folder / "model", full=True))
+
+
+@pytest.mark.parametrize(
+    "run", [with_evaluation, with_logs, with_progress_bar, with_predictions, with_saves], ids=lambda run: run.__name__
+)
+def test_learning_does_not_notice(make_model, run, tmp_path, capsys):
+    assert same(with_nothing(make_model, tmp_path), run(make_model, tmp_path))
+
+
+def test_numbers_are_logged(make_model, tmp_path):
+    model = make_model(n_envs=2, tensorboard_log=str(tmp_path / "events"))
+    model.set_logger(configure(tmp_path, ["csv"]))
+    model.learn(300, log_interval=1)
+    header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
+    common = {"rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/time_elapsed", "time/total_timesteps"}
+    own = {"A2C": {"policy_loss", "value_loss", "entropy_loss", "explained_variance", "learning_rate"}}
+    expected = own.get(type(model).__name__, {"actor_loss", "critic_loss"}) | {"n_updates"}
+    if not model.ep_info_buffer:
+        common -= {"rollout/ep_rew_mean", "rollout/ep_len_mean"}
+    assert common | {f"train/{name}" for name in expected} <= set(header)
+    assert [folder.name for folder in (tmp_path / "events").iterdir()] == [f"{type(model).__name__}_1"]
+
+
+def test_each_new_run_has_its_own_folder_of_event_files(make_model, tmp_path):
+    model = make_model(tensorboard_log=str(tmp_path))
+    name = type(model).__name__
+    model.learn(20)
+    model.learn(20, reset_num_timesteps=False)
+    model.learn(20)
+    model.learn(20, tb_log_name="other")
+    model.close()
+    folders = {folder.name: list(folder.iterdir()) for folder in tmp_path.iterdir()}
+    assert sorted(folders) == sorted([f"{name}_1", f"{name}_2", "other_1"])
+    assert all(len(files) == 1 for files in folders.values())
+
+
+# How long.
+
+
+@pytest.mark.parametrize(("n_envs", "asked", "run"), [(1, 1, 1), (4, 1, 4), (4, 40, 40), (4, 41, 44), (3, 50, 51)])
+def test_total_timesteps_is_exact_but_for_the_last_step_of_all_environments(make_model, n_envs, asked, run):
+    calls = []
+    model = make_model(n_envs=n_envs).learn(asked, callback=lambda *_: calls.append(1))
+    assert model.num_timesteps == run
+    assert len(calls) == run // n_envs
+
+
+def test_learning_for_one_step_leaves_finite_weights(make_model):
+    model = make_model().learn(1)
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+
+
+@pytest.mark.parametrize("wrong", [0, -5, 1.5, float("nan"), "many", None])
+def test_total_timesteps_must_be_a_whole_number(make_model, wrong):
+    with pytest.raises(ValueError, match="total_timesteps"):
+        make_model().learn(wrong)
+
+
+@pytest.mark.parametrize("stop_at", [2, 26, 40, 54])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(make_model, stop_at):
+    """Steps of two environments: within a rollout and at its end, before and after learning starts."""
+    whole = make_model(n_envs=2).learn(120)
+    model = make_model(n_envs=2)
+    model.learn(120, callback=lambda *_: model.num_timesteps < stop_at)
+    assert model.num_timesteps == stop_at
+    model.learn(120 - stop_at, reset_num_timesteps=False)
+    assert model.num_timesteps == 120
+    assert same(whole, model)
+
+
+def test_a_second_run_counts_from_zero_and_begins_new_episodes(make_model):
+    model = make_model().learn(30)
+    updates, resets = model.n_updates, model.env.reset_count
+    model.learn(10)
+    assert (model.num_timesteps, model.env.reset_count) == (10, resets + 1)
+    assert model.n_updates > updates
+    model.learn(10, reset_num_timesteps=False)
+    assert (model.num_timesteps, model.env.reset_count) == (20, resets + 1)
+
+
+def test_episodes_are_counted_right(make_model):
+    env = [lambda: Task(make_model, length=4), lambda: Task(make_model, length=4)]
+    model = make_model(env, stats_window_size=3).learn(80)
+    # Each ends by termination at its steps 4, 8, ..., 40 and by a time limit at 5, 13, ..., 37.
+    assert model.n_episodes == 2 * (10 + 5)
+    assert len(model.ep_info_buffer) == 3
+    assert all(episode["l"] in (1, 3, 4) for episode in model.ep_info_buffer)
+
+
+# Environments.
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_vector_environments_of_all_autoreset_modes_train(make_model, mode):
+    env = gymnasium.make_vec(
+        make_model.env_id,
+        num_envs=3,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": mode},
+        max_episode_steps=15,
+    )
+    model = make_model(env).learn(150)
+    assert 150 <= model.num_timesteps <= 152
+    assert model.n_episodes >= 150 // 15 - 3
+    assert model.n_updates > 10
+    assert max(episode["l"] for episode in model.ep_info_buffer) <= 15
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+
+
+def test_evaluating_in_the_training_environment_begins_new_episodes(make_model):
+    model = make_model(n_envs=2)
+    model.learn(50, callback=lambda *_: model.num_timesteps < 30)
+    sbac.evaluate_policy(model, model.get_env(), n_eval_episodes=2)
+    resets = model.env.reset_count
+    model.learn(20, reset_num_timesteps=False)
+    assert model.env.reset_count == resets + 1
+    assert max([episode["l"] for episode in model.ep_info_buffer], default=0) <= 20
+
+
+def test_a_rollout_does_not_reach_from_old_environments_into_new_ones():
+    model = A2C("MlpPolicy", "CartPole-v1", n_steps=10, seed=0)
+    model.learn(100, callback=lambda *_: model.num_timesteps < 13)
+    assert model.rollout_buffer.pos == 3
+    model.set_env("CartPole-v1")
+    positions = []
+    model.learn(2, reset_num_timesteps=False, callback=lambda *_: positions.append(model.rollout_buffer.pos))
+    assert positions == [1, 2]
+
+
+def test_predict_takes_one_observation_or_a_batch(make_model):
+    model = make_model().learn(40)
+    space, action_space = model.observation_space, model.action_space
+    batch = np.stack([space.sample() for _ in range(5)])
+    for deterministic in (True, False):
+        actions, state = model.predict(batch, deterministic=deterministic)
+        assert state is None
+        assert actions.shape == (5, *action_space.shape)
+        assert all(action in action_space for action in actions)
+        one, _ = model.predict(batch[0], deterministic=deterministic)
+        assert one in action_space
+    actions, _ = model.predict(batch)
+    singles = np.stack([model.predict(obs)[0] for obs in batch])
+    assert actions == pytest.approx(singles, abs=1e-5)
+    assert np.array_equal(model.predict(batch)[0], actions), "deterministic by default"
+
+
+def test_stochastic_predictions_differ_where_the_policy_is_stochastic():
+    model = A2C("MlpPolicy", "CartPole-v1", seed=0)
+    actions = [int(model.predict(np.zeros(4, np.float32), deterministic=False)[0]) for _ in range(50)]
+    assert 10 < sum(actions) < 40
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(7), np.zeros((2, 9)), np.zeros((1, 2, 3)), "text", None, 3.0])
+def test_predict_refuses_other_shapes(make_model, wrong):
+    model = make_model()
+    shape = re.escape(str(model.observation_space.shape))
+    with pytest.raises(ValueError, match=f"predict: the observation .*{shape}"):
+        model.predict(wrong)
+
+
+def test_predict_refuses_what_is_not_finite(make_model):
+    model = make_model()
+    with pytest.raises(NotFiniteError, match="NaN"):
+        model.predict(np.full(model.observation_space.shape, np.nan, np.float32))
+
+
+def test_discrete_observations_and_actions_that_do_not_start_at_zero():
+    class Corridor(gymnasium.Env[Any, Any]):
+        observation_space = spaces.Discrete(4, start=-2)
+        action_space = spaces.Discrete(3, start=5)
+
+        def reset(self, **kwargs: Any) -> Any:
+            super().reset(**kwargs)
+            return -2, {}
+
+        def step(self, action: int) -> Any:
+            assert action in self.action_space
+            return int(self.np_random.integers(-2, 2)), 1.0, False, False, {}
+
+    model = A2C("MlpPolicy", Corridor(), seed=0).learn(50)
+    assert model.predict(np.int64(1))[0] in Corridor.action_space
+    assert model.predict(np.array([-2, 0, 1]))[0].shape == (3,)
+
+
+def test_no_environment_no_learning(make_model, tmp_path):
+    make_model().save(tmp_path / "model")
+    model = make_model.cls.load(tmp_path / "model")
+    assert model.get_env() is None
+    with pytest.raises(ValueError, match=r"set_env\(env\)"):
+        model.learn(10)
+    model.set_env(make_model.env_id)
+    assert model.learn(10).num_timesteps == 10
+
+
+def test_another_environment_must_have_the_models_spaces(make_model):
+    model = make_model()
+    other = gymnasium.make("MountainCarContinuous-v0")
+    with pytest.raises(ValueError, match="another observation space") as caught:
+        model.set_env(other)
+    assert str(model.observation_space) in str(caught.value)
+    assert str(other.observation_space) in str(caught.value)
+    with pytest.raises(ValueError, match="1 environments at once, got 3"):
+        model.set_env([lambda: gymnasium.make(make_model.env_id)] * 3)
+    old = model.env
+    model.learn(10)
+    model.set_env(make_model.env_id)
+    model.learn(10, reset_num_timesteps=False)
+    assert model.env is not old
+    assert model.num_timesteps == 20
+
+
+def test_a_model_is_a_context_that_closes_its_environments(make_model):
+    class Closable(Task):
+        closed = False
+
+        def close(self) -> None:
+            type(self).closed = True
+
+    with make_model(Closable(make_model)) as model:
+        model.learn(10)
+    assert Closable.closed
+
+
+# Failures.
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "text"),
+    [
+        (float("nan"), NotFiniteError, "environment 1 sent the reward nan at step 21"),
+        (float("-inf"), NotFiniteError, "environment 1 sent the reward -inf at step 21"),
+        (np.array([0, np.nan, 0], np.float32), NotFiniteError, r"environment 1 sent an observation .* at step 21"),
+        (np.zeros(4, np.float32), EnvironmentFault, r"environment 1 \(Task\) .* shape \(4,\) .* at its step 21"),
+        (KeyError("wheel"), EnvironmentFault, r"environment 1 \(Task\) raised KeyError at its step 21: 'wheel'"),
+    ],
+)
+def test_a_faulty_environment_is_named_and_leaves_the_weights_alone(make_model, fault, error, text):
+    model = make_model([lambda: Task(make_model), lambda: Task(make_model, 21, fault)])
+    with pytest.raises(error, match=text):
+        model.learn(200)
+    assert model.num_timesteps == 40
+
+    healthy = make_model([lambda: Task(make_model)] * 2).learn(40)
+    assert healthy.n_updates > 0
+    assert same(model, healthy)
+
+
+def test_rewards_too_large_for_a_gradient_leave_finite_weights(make_model):
+    model = make_model(Task(make_model, 21, 1e30))
+    with pytest.raises(NotFiniteError, match="the weights are those of before this update"):
+        model.learn(500)
+    assert model.num_timesteps >= 21
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+    assert all(np.isfinite(model.predict(model.observation_space.sample())[0]).all() for _ in range(3))
+
+
+def test_an_error_in_a_callback_ends_the_run_and_names_the_callback(make_model):
+    class Broken(BaseCallback):
+        closed = False
+
+        def _on_step(self) -> bool:
+            raise RuntimeError("broken")
+
+        def close(self) -> None:
+            self.closed = True
+
+    broken = Broken()
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        make_model().learn(10, callback=broken)
+    assert "Broken._on_step at step 1" in caught.value.__notes__[0]
+    assert broken.closed
+
+
+# Hyperparameters.
+
+
+def test_a_constant_schedule_is_the_number_itself(make_model):
+    names = FLOATS[make_model.cls.__name__]
+    plain = make_model(**dict.fromkeys(names, 0.5)).learn(60)
+    scheduled = make_model(**dict.fromkeys(names, ConstantSchedule(0.5))).learn(60)
+    assert same(plain, scheduled)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_every_float_may_be_a_schedule(make_model, index):
+    names = FLOATS[make_model.cls.__name__]
+    name = names[index % len(names)]
+    asked = []
+
+    def schedule(progress_remaining: float) -> float:
+        asked.append(progress_remaining)
+        return 0.25 + progress_remaining / 4
+
+    falling = make_model(**{name: schedule}).learn(60)
+    assert asked[-1] == pytest.approx(0.0)
+    assert all(0 <= progress <= 1 for progress in asked)
+    assert all(a >= b for a, b in pairwise(asked[1:]))
+    assert not same(falling, make_model(**{name: 0.5}).learn(60))
+
+
+def test_a_learning_rate_that_falls_to_zero(make_model):
+    model = make_model(learning_rate=LinearSchedule(1e-2, 0.0))
+    rates = []
+    for network in model._trained().values():
+        step = network.optimizer.step
+        network.optimizer.step = lambda *args, network=network, step=step: (  # type: ignore[method-assign]
+            rates.append((model.num_timesteps, network.optimizer.param_groups[0]["lr"])),
+            step(*args),
+        )[1]
+    model.learn(100)
+    assert len(rates) > 20
+    assert all(rate == pytest.approx(1e-2 * (1 - steps / 100)) for steps, rate in rates)
+    assert rates[-1] == (100, 0.0)
+
+
+def test_an_unknown_name_is_answered_by_the_nearest(make_model):
+    name = make_model.cls.__name__
+    with pytest.raises(TypeError, match=f"{name} has no argument 'gama'; did you mean 'gamma'"):
+        make_model(gama=0.9)
+    with pytest.raises(ValueError, match=f"{name} has no policy 'MLPolicy'; did you mean 'MlpPolicy'"):
+        make_model.cls("MLPolicy", make_model.env_id)
+    with pytest.raises(ValueError, match=r"policy_kwargs: .* no argument 'activation'; did you mean 'activation_fn'"):
+        make_model(policy_kwargs={"activation": torch.nn.ReLU})
+    with pytest.raises(ValueError, match="CartPole"):
+        make_model("CartPol-v1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"gamma": 1.1}, "gamma .* at most 1, not 1.1"),
+        ({"gamma": -0.1}, "gamma .* at least 0"),
+        ({"gamma": float("nan")}, "gamma .* finite"),
+        ({"gamma": "0.99"}, "gamma .* '0.99'"),
+        ({"learning_rate": 0.0}, "learning_rate .* above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm .* above 0"),
+        ({"n_envs": 0}, "n_envs .* at least 1"),
+        ({"seed": -1}, "seed .* at least 0"),
+        ({"stats_window_size": 0}, "stats_window_size .* at least 1"),
+        ({"device": "abacus"}, "device .* 'abacus'"),
+        ({"policy_kwargs": {"net_arch": [0]}}, "net_arch"),
+        ({"policy_kwargs": {"net_arch": {"pi": [8]}}}, "net_arch"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_their_name(make_model, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        make_model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "text"),
+    [
+        (A2C, {"n_steps": 0}, "n_steps .* at least 1"),
+        (A2C, {"gae_lambda": 2}, "gae_lambda .* at most 1"),
+        (A2C, {"ent_coef": -1}, "ent_coef .* at least 0"),
+        (A2C, {"vf_coef": -1}, "vf_coef .* at least 0"),
+        (DDPG, {"tau": 2}, "tau .* at most 1"),
+        (DDPG, {"batch_size": 0}, "batch_size .* at least 1"),
+        (DDPG, {"learning_starts": -1}, "learning_starts .* at least 0"),
+        (DDPG, {"train_freq": 0}, "train_freq .* at least 1"),
+        (DDPG, {"gradient_steps": -2}, "gradient_steps .* at least -1"),
+        (DDPG, {"weight_decay": -1}, "weight_decay .* at least 0"),
+        (DDPG, {"actor_learning_rate": 0}, "actor_learning_rate .* above 0"),
+    ],
+)
+def test_values_out_of_range_of_one_algorithm(cls, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        cls("MlpPolicy", {A2C: "CartPole-v1", DDPG: "Pendulum-v1"}[cls], **arguments)
+
+
+def test_a_subclass_may_pass_its_arguments_on(make_model):
+    class Own(make_model.cls):  # type: ignore[misc, name-defined]
+        def __init__(self, *args: Any, extra: int = 3, **kwargs: Any) -> None:
+            self.extra = extra
+            super().__init__(*args, **kwargs)
+
+    model = Own("MlpPolicy", make_model.env_id, gamma=0.9, extra=4)
+    assert (model.gamma, model.extra) == (0.9, 4)
+    with pytest.raises(TypeError, match="Own has no argument 'gama'; did you mean 'gamma'"):
+        Own("MlpPolicy", make_model.env_id, gama=0.9)
+
+
+# Parameters.
+
+
+def test_parameters_go_out_and_in(make_model):
+    model, other = make_model(seed=0).learn(60), make_model(seed=1)
+    parameters = copy.deepcopy(model.get_parameters())
+    other.set_parameters(parameters)
+    assert same(model, other)
+    for name, network in model._trained().items():
+        theirs = other._trained()[name].optimizer.state_dict()["state"]
+        for index, state in network.optimizer.state_dict()["state"].items():
+            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(theirs[index][k])) for k, v in state.items())
+
+    model.learn(60, reset_num_timesteps=False)
+    assert not same(model, other)
+    model.set_parameters({"policy": parameters["policy"]}, exact_match=False)
+    assert same(model, other)
+
+
+def test_parameters_that_do_not_fit_change_nothing(make_model, tmp_path):
+    model = make_model(seed=0)
+    before = weights(model)
+    good = copy.deepcopy(make_model(seed=1).get_parameters())
+    name, tensor = next(iter(good["policy"].items()))
+    for wrong in (
+        {**good, "nonsense": {}},
+        {"policy": good["policy"]},
+        {**good, "policy": {**good["policy"], name: tensor[:-1]}},
+        {**good, "policy": {**good["policy"], "nonsense": tensor}},
+        {**good, "policy": {key: value for key, value in good["policy"].items() if key != name}},
+    ):
+        with pytest.raises(ValueError, match=r"missing|do not fit"):
+            model.set_parameters(wrong)
+        assert same(model, before)
+
+    make_model(seed=1).save(tmp_path / "other")
+    model.set_parameters(tmp_path / "other")
+    assert same(model, make_model(seed=1))
+
+
+# How far a reader has to walk.
+
+
+def files_touched(run: Callable[[], object], package: str) -> set[str]:
+    """The files of a package in which a function is called while `run` runs."""
+    touched = set()
+
+    def trace(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and package in (path := Path(frame.f_code.co_filename)).parts:
+            touched.add(path.name)
+
+    sys.setprofile(trace)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return touched
+
+
+def test_one_step_and_update_of_ddpg_are_read_in_few_files():
+    model = DDPG("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, seed=0).learn(20)
+
+    def update() -> None:
+        model._update(model.replay_buffer.sample(8))
+
+    def step_and_update() -> None:
+        obs = model._obs
+        action = model._explore(obs)
+        step = model.env.step(action)
+        model._remember(obs, action, step)
+        model._obs = step.obs
+        update()
+
+    mathematics = files_touched(update, "sbac")
+    everything = files_touched(step_and_update, "sbac")
+    print("one DDPG update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
+    # ddpg: the update; base: the present value of a schedule; policies, networks: mu and Q; optimization: gradient
+    # step and soft update; buffers: the batch. A step adds envs, noise and the guards of what environments send.
+    assert mathematics == {"ddpg.py", "base.py", "policies.py", "networks.py", "optimization.py", "buffers.py"}
+    assert everything - mathematics == {"envs.py", "noise.py", "guards.py"}
+
+    peer = stable_baselines3.DDPG("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, device="cpu").learn(20)
+    peers = files_touched(lambda: peer.train(gradient_steps=1, batch_size=8), "stable_baselines3")
+    print("one DDPG update of stable-baselines3:", *sorted(peers))
+    assert len(mathematics) < len(peers)

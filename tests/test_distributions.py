@@ -1,0 +1,124 @@
+"""Action distributions against torch.distributions and against the frequencies of their draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
+
+BATCH = 64
+
+
+def categorical(seed: int = 0) -> CategoricalDistribution:
+    generator = torch.Generator().manual_seed(seed)
+    return CategoricalDistribution(3 * torch.randn(BATCH, 5, generator=generator, dtype=torch.float64))
+
+
+def gaussian(seed: int = 0) -> DiagGaussianDistribution:
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(BATCH, 3, generator=generator, dtype=torch.float64)
+    return DiagGaussianDistribution(mean, torch.tensor([-1.0, 0.0, 0.7], dtype=torch.float64))
+
+
+def test_categorical_agrees_with_torch() -> None:
+    ours = categorical()
+    theirs = torch.distributions.Categorical(logits=ours.logits)
+    for action in range(5):
+        actions = torch.full((BATCH,), action)
+        assert ours.log_prob(actions).shape == (BATCH,)
+        torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.entropy(), theirs.entropy(), atol=1e-6, rtol=0)
+    assert torch.equal(ours.mode(), theirs.mode)
+    # Actions come out of a buffer as they were stored.
+    assert torch.equal(ours.log_prob(torch.ones(BATCH, dtype=torch.float32)), ours.log_prob(torch.ones(BATCH)))
+
+
+def test_gaussian_agrees_with_torch() -> None:
+    ours = gaussian()
+    theirs = torch.distributions.Independent(torch.distributions.Normal(ours.mean, ours.log_std.exp()), 1)
+    actions = 2 * torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert ours.log_prob(actions).shape == (BATCH,)
+    torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.entropy(), theirs.entropy(), atol=1e-6, rtol=0)
+    assert ours.entropy().shape == (BATCH,)
+    assert torch.equal(ours.mode(), theirs.mean)
+
+
+def test_values_known_by_heart() -> None:
+    uniform = CategoricalDistribution(torch.full((1, 4), 7.0))
+    assert uniform.entropy().item() == pytest.approx(math.log(4), abs=1e-6)
+    assert uniform.log_prob(torch.tensor([2])).item() == pytest.approx(-math.log(4), abs=1e-6)
+
+    standard = DiagGaussianDistribution(torch.zeros(1, 2), torch.zeros(2))
+    assert standard.log_prob(torch.zeros(1, 2)).item() == pytest.approx(-math.log(2 * math.pi), abs=1e-6)
+    assert standard.entropy().item() == pytest.approx(1 + math.log(2 * math.pi), abs=1e-6)
+
+
+def test_gradients_agree_with_torch() -> None:
+    logits = categorical().logits.requires_grad_()
+    actions = torch.arange(BATCH) % 5
+    ours, theirs = CategoricalDistribution(logits), torch.distributions.Categorical(logits=logits)
+    for our, their in ((ours.log_prob(actions), theirs.log_prob(actions)), (ours.entropy(), theirs.entropy())):
+        gradients = [torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (our, their)]
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+
+    mean, log_std = gaussian().mean.requires_grad_(), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    action = torch.full((BATCH, 3), 0.3, dtype=torch.float64)
+    our = DiagGaussianDistribution(mean, log_std).log_prob(action)
+    their = torch.distributions.Normal(mean, log_std.exp()).log_prob(action).sum(1)
+    for a, b in zip(
+        torch.autograd.grad(our.sum(), (mean, log_std)), torch.autograd.grad(their.sum(), (mean, log_std)), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_categorical_draws_have_the_stated_frequencies() -> None:
+    probabilities = torch.tensor([0.02, 0.08, 0.2, 0.3, 0.4])
+    n = 100_000
+    draws = CategoricalDistribution(probabilities.log().expand(n, 5)).sample(torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(draws, minlength=5) / n
+    # Four standard deviations of a frequency.
+    margin = 4 * (probabilities * (1 - probabilities) / n).sqrt()
+    assert ((frequencies - probabilities).abs() < margin).all()
+
+
+def test_gaussian_draws_have_the_stated_moments() -> None:
+    mean, log_std, n = torch.tensor([1.0, -2.0]), torch.tensor([0.5, -1.0]), 100_000
+    draws = DiagGaussianDistribution(mean.expand(n, 2), log_std).sample(torch.Generator().manual_seed(0))
+    std = log_std.exp()
+    assert ((draws.mean(0) - mean).abs() < 4 * std / n**0.5).all()
+    assert ((draws.std(0) - std).abs() < 4 * std / (2 * n) ** 0.5).all()
+    assert abs(torch.corrcoef(draws.T)[0, 1]) < 4 / n**0.5
+    within = ((draws - mean).abs() < std).float().mean(0)
+    assert ((within - math.erf(0.5**0.5)).abs() < 0.006).all()
+
+
+@pytest.mark.parametrize("make", [categorical, gaussian])
+def test_a_generator_fixes_the_draws_whatever_the_global_one_does(make: type[Distribution]) -> None:
+    def draw(global_seed: int, seed: int) -> Tensor:
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        drawn = make().sample(torch.Generator().manual_seed(seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        return drawn
+
+    assert torch.equal(draw(global_seed=1, seed=5), draw(global_seed=2, seed=5))
+    assert not torch.equal(draw(global_seed=1, seed=5), draw(global_seed=1, seed=6))
+
+
+def test_a_draw_carries_no_gradient() -> None:
+    logits = torch.zeros(2, 3, requires_grad=True)
+    assert not CategoricalDistribution(logits).sample().requires_grad
+    mean = torch.zeros(2, 3, requires_grad=True)
+    assert not DiagGaussianDistribution(mean, torch.zeros(3, requires_grad=True)).sample().requires_grad
+
+
+def test_draws_do_not_write_into_the_parameters() -> None:
+    ours = categorical()
+    logits = ours.logits.clone()
+    ours.sample()
+    assert torch.equal(ours.logits, logits)

@@ -1,0 +1,496 @@
+"""Models and files: what comes back, what is refused, and that a file is never lost."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import zipfile
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import stable_baselines3
+import torch
+from torch import Tensor
+
+import sbac
+from sbac import A2C, DDPG, ArchiveError
+from sbac.base import BaseAlgorithm
+from sbac.callbacks import CheckpointCallback, EvalCallback
+from sbac.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from sbac.policies import DeterministicActorCritic, StochasticActorCritic
+from sbac.schedules import LinearSchedule
+
+COUNTERS = ("num_timesteps", "n_updates", "n_episodes")
+
+
+def weights(model: BaseAlgorithm) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+
+
+def same(a: BaseAlgorithm, b: BaseAlgorithm) -> bool:
+    a_weights, b_weights = weights(a), weights(b)
+    return a_weights.keys() == b_weights.keys() and all(torch.equal(a_weights[n], b_weights[n]) for n in a_weights)
+
+
+def optimizer_states(model: BaseAlgorithm) -> list[Tensor]:
+    return [
+        torch.as_tensor(value)
+        for _, network in sorted(model._trained().items())
+        for state in network.optimizer.state_dict()["state"].values()
+        for _, value in sorted(state.items())
+    ]
+
+
+def same_optimizers(a: BaseAlgorithm, b: BaseAlgorithm) -> bool:
+    pairs = list(zip(optimizer_states(a), optimizer_states(b), strict=True))
+    return len(pairs) > 0 and all(torch.equal(x, y) for x, y in pairs)
+
+
+def observations(model: BaseAlgorithm, n: int = 20) -> np.ndarray:
+    space = model.observation_space
+    return np.random.default_rng(0).uniform(-1, 1, (n, *space.shape)).astype(space.dtype)
+
+
+# What comes back.
+
+
+def test_predictions_come_back_bit_for_bit(make_model, tmp_path):
+    model = make_model().learn(60)
+    model.save(tmp_path / "model")
+    loaded = make_model.cls.load(tmp_path / "model")
+    obs = observations(model)
+    assert np.array_equal(loaded.predict(obs)[0], model.predict(obs)[0])
+    assert same(loaded, model)
+    assert same_optimizers(loaded, model)
+    assert (loaded.num_timesteps, loaded.n_updates) == (60, model.n_updates)
+    assert not loaded.policy.training or type(loaded) is A2C
+    assert loaded.env is None
+
+
+def test_the_suffix_is_added_and_may_be_left_out(make_model, tmp_path):
+    model = make_model()
+    model.save(tmp_path / "a" / "model")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["model.zip"]
+    for path in (tmp_path / "a" / "model", tmp_path / "a" / "model.zip", str(tmp_path / "a" / "model")):
+        assert same(make_model.cls.load(path), model)
+
+
+def test_an_open_file_will_do(make_model):
+    model = make_model()
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    assert same(make_model.cls.load(file), model)
+
+
+def test_equal_models_give_equal_files(make_model, tmp_path):
+    for name in ("a", "b"):
+        make_model().learn(40).save(tmp_path / name)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_load_on_an_instance_loads_into_it(make_model, tmp_path):
+    source = make_model(seed=1, gamma=0.5).learn(40)
+    source.save(tmp_path / "model")
+    model = make_model(seed=2)
+    logger, env = model.logger, model.env
+    assert not same(model, source)
+    assert model.load(tmp_path / "model") is model
+    assert same(model, source)
+    assert (model.gamma, model.num_timesteps) == (0.5, 40)
+    assert model.logger is logger
+    assert model.env is env
+    assert model.learn(20).num_timesteps == 20
+
+
+def test_sbac_load_finds_the_class(make_model, tmp_path):
+    model = make_model()
+    model.save(tmp_path / "model")
+    loaded = sbac.load(tmp_path / "model", env=make_model.env_id)
+    assert type(loaded) is make_model.cls
+    assert same(loaded, model)
+    assert loaded.learn(5).num_timesteps == 5
+
+
+def test_a_file_can_be_inspected_without_loading(make_model, tmp_path):
+    make_model().learn(30).save(tmp_path / "model")
+    content = sbac.inspect(tmp_path / "model")
+    assert content["meta"]["class"] == make_model.cls.__name__
+    assert content["meta"]["counters"]["num_timesteps"] == 30
+    assert content["config"]["arguments"]["gamma"] == 0.99
+    assert content["config"]["env_id"] == make_model.env_id
+    assert any(array["name"].startswith("policy/") for array in content["arrays"])
+
+
+def test_constructor_arguments_come_back_and_may_be_overridden(make_model, tmp_path):
+    arguments: dict[str, Any] = {
+        "gamma": LinearSchedule(0.9, 0.99),
+        "stats_window_size": 7,
+        "policy_kwargs": {"net_arch": [12], "activation_fn": torch.nn.ELU, "optimizer_class": torch.optim.SGD},
+        "max_grad_norm": 0.3,
+        "seed": 11,
+        "n_envs": 2,
+    }
+    model = make_model(**arguments).learn(30)
+    model.save(tmp_path / "model")
+    loaded = make_model.cls.load(tmp_path / "model")
+    for name, value in arguments.items():
+        assert getattr(loaded, name) == value, name
+    assert type(next(iter(loaded._trained().values())).optimizer) is torch.optim.SGD
+    assert same(loaded, model)
+
+    changed = make_model.cls.load(tmp_path / "model", learning_rate=0.123, gamma=0.5, seed=3)
+    assert (changed.learning_rate, changed.gamma, changed.seed) == (0.123, 0.5, 3)
+    rates = {network.optimizer.param_groups[0]["lr"] for network in changed._trained().values()}
+    assert rates == {0.123}
+    assert same(changed, model)
+    with pytest.raises(TypeError, match="did you mean 'gamma'"):
+        make_model.cls.load(tmp_path / "model", gama=0.5)
+
+
+def test_either_learning_rate_of_ddpg_may_be_overridden(tmp_path):
+    DDPG("MlpPolicy", "Pendulum-v1", learning_rate=3e-4).save(tmp_path / "model")
+    loaded = DDPG.load(tmp_path / "model")
+    assert (loaded.learning_rate, loaded.actor_learning_rate, loaded.critic_learning_rate) == (3e-4, 3e-4, 3e-4)
+    loaded = DDPG.load(tmp_path / "model", actor_learning_rate=1e-5)
+    assert (loaded.learning_rate, loaded.actor_learning_rate, loaded.critic_learning_rate) == (None, 1e-5, 3e-4)
+    loaded = DDPG.load(tmp_path / "model", learning_rate=1e-2)
+    assert (loaded.learning_rate, loaded.actor_learning_rate, loaded.critic_learning_rate) == (1e-2, 1e-2, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        None,
+        NormalActionNoise(0.1, 0.2),
+        OrnsteinUhlenbeckActionNoise(0.0, 0.3),
+        VectorizedActionNoise(OrnsteinUhlenbeckActionNoise(0.0, 0.3), 2),
+    ],
+    ids=lambda noise: type(noise).__name__,
+)
+def test_noise_comes_back(noise, tmp_path):
+    small = {"learning_starts": 4, "batch_size": 4, "policy_kwargs": {"net_arch": [8]}}
+    model = DDPG("MlpPolicy", "Pendulum-v1", n_envs=2, action_noise=noise, seed=0, **small).learn(20)
+    model.save(tmp_path / "model", full=True)
+    loaded = DDPG.load(tmp_path / "model")
+    if noise is None:
+        assert loaded.action_noise is None
+        return
+    assert loaded.action_noise.to_config() == model.action_noise.to_config()
+    assert all(np.array_equal(loaded.action_noise(), model.action_noise()) for _ in range(3))
+
+
+def test_a_subclass_is_saved_with_its_own_arguments(make_model, tmp_path):
+    class Own(make_model.cls):  # type: ignore[misc, name-defined]
+        def __init__(self, *args: Any, extra: int = 3, **kwargs: Any) -> None:
+            self.extra = extra
+            super().__init__(*args, **kwargs)
+
+    model = Own("MlpPolicy", make_model.env_id, gamma=0.9, extra=4)
+    model.save(tmp_path / "model")
+    loaded = Own.load(tmp_path / "model")
+    assert (loaded.gamma, loaded.extra) == (0.9, 4)
+    assert same(loaded, model)
+
+
+# Full checkpoints.
+
+
+def test_a_full_checkpoint_holds_everything(make_model, tmp_path):
+    def short() -> gymnasium.Env[Any, Any]:
+        return gymnasium.make(make_model.env_id, max_episode_steps=9)
+
+    model = make_model(short, n_envs=2)
+    model.learn(200, callback=lambda *_: model.num_timesteps < 62)  # within a rollout of A2C
+    model.save(tmp_path / "model", full=True)
+    loaded = make_model.cls.load(tmp_path / "model", env=short)
+
+    for name in COUNTERS:
+        assert getattr(loaded, name) == getattr(model, name) > 0, name
+    assert same(loaded, model)
+    assert same_optimizers(loaded, model)
+    assert list(loaded.ep_info_buffer) == list(model.ep_info_buffer)
+    for name, buffer in model._buffers().items():
+        state, expected = loaded._buffers()[name].get_state(), buffer.get_state()
+        assert state.keys() == expected.keys()
+        assert all(np.array_equal(state[key], expected[key]) for key in state), name
+    assert loaded.generator.random() == model.generator.random()
+    for generator in ("_act_generator", "_predict_generator"):
+        draws = [torch.rand(3, generator=getattr(m, generator)) for m in (loaded, model)]
+        assert torch.equal(*draws)
+    obs = observations(model)
+    assert np.array_equal(loaded.predict(obs, deterministic=False)[0], model.predict(obs, deterministic=False)[0])
+    assert np.array_equal(loaded._episode_return, model._episode_return)
+
+
+def test_ddpg_goes_on_from_its_buffer_bit_for_bit(tmp_path):
+    small = {"learning_starts": 10, "batch_size": 8, "buffer_size": 40, "policy_kwargs": {"net_arch": [8]}}
+    model = DDPG("MlpPolicy", "Pendulum-v1", seed=0, **small).learn(60)
+    model.save(tmp_path / "model", full=True)
+    loaded = DDPG.load(tmp_path / "model")
+    for own, theirs in zip(model.replay_buffer.sample(16), loaded.replay_buffer.sample(16), strict=True):
+        assert torch.equal(own, theirs)
+    model.train(gradient_steps=20)
+    loaded.train(gradient_steps=20)
+    assert same(loaded, model)
+    assert same_optimizers(loaded, model)
+
+
+def test_checkpoints_of_a_run_resume(make_model, tmp_path):
+    model = make_model(n_envs=2)
+    model.learn(60, callback=CheckpointCallback(10, tmp_path, name_prefix="run"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"run_{n}_steps.zip" for n in (20, 40, 60)]
+    loaded = make_model.cls.load(tmp_path / "run_40_steps", env=make_model.env_id)
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 60
+
+
+def test_a_model_saved_between_acting_and_learning_goes_on_without_its_buffer(make_model, tmp_path):
+    """A step is owed its gradient step when a callback saves; without the buffer there is nothing to learn from."""
+    model = make_model()
+    model.learn(60, callback=lambda *_: model.save(tmp_path / "model") if model.num_timesteps == 50 else None)
+    loaded = make_model.cls.load(tmp_path / "model", env=make_model.env_id)
+    updates = loaded.n_updates
+    loaded.learn(10, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 60
+    if make_model.cls is DDPG:
+        assert loaded.n_updates == updates, "10 transitions are fewer than learning_starts"
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.n_updates > updates
+
+
+@pytest.mark.parametrize(("saved_with", "loaded_with"), [(2, 1), (2, 3), (1, 2)])
+def test_a_checkpoint_may_go_on_with_another_number_of_environments(make_model, tmp_path, saved_with, loaded_with):
+    model = make_model(n_envs=saved_with)
+    model.learn(60, callback=lambda *_: model.num_timesteps < 50)
+    model.save(tmp_path / "model", full=True)
+    env = [lambda: gymnasium.make(make_model.env_id)] * loaded_with
+    loaded = make_model.cls.load(tmp_path / "model", env=env)
+    assert loaded.n_envs == loaded_with
+    assert same(loaded, model)
+    if make_model.cls is DDPG:
+        assert loaded.replay_buffer.size() == model.replay_buffer.size()
+    loaded.learn(30)
+    assert loaded.n_updates > model.n_updates
+
+
+def test_the_best_model_of_an_evaluation_can_be_loaded(make_model, tmp_path):
+    short = [lambda: gymnasium.make(make_model.env_id, max_episode_steps=10)]
+    callback = EvalCallback(short, n_eval_episodes=1, eval_freq=20, best_model_save_path=tmp_path, verbose=0)
+    make_model().learn(60, callback=callback)
+    loaded = sbac.load(tmp_path / "best_model", env=make_model.env_id)
+    assert loaded.num_timesteps in (20, 40, 60)
+    loaded.learn(30)
+
+
+def test_parts_can_be_left_out_and_added(make_model, tmp_path):
+    model = make_model(n_envs=2).learn(60)
+    buffer_name, buffer = next(iter(model._buffers().items()))
+
+    model.save(tmp_path / "policy", exclude=["optimizer"])
+    assert not optimizer_states(make_model.cls.load(tmp_path / "policy"))
+    assert same(make_model.cls.load(tmp_path / "policy"), model)
+
+    model.save(tmp_path / "with_generators", include=["generators"])
+    assert make_model.cls.load(tmp_path / "with_generators").generator.random() == model.generator.random()
+
+    model.save(tmp_path / "without_buffer", full=True, exclude=[buffer_name])
+    assert make_model.cls.load(tmp_path / "without_buffer")._buffers()[buffer_name].size() == 0
+
+    if make_model.cls is DDPG:
+        model.save(tmp_path / "with_buffer", include=[buffer_name])
+        assert DDPG.load(tmp_path / "with_buffer").replay_buffer.size() == buffer.size()
+    with pytest.raises(ValueError, match="unknown part 'buffer'; a file can hold optimizer, "):
+        model.save(tmp_path / "wrong", include=["buffer"])
+    assert not (tmp_path / "wrong.zip").exists()
+
+
+# The replay buffer alone.
+
+
+def test_the_replay_buffer_alone(tmp_path):
+    small = {"learning_starts": 10, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
+    model = DDPG("MlpPolicy", "Pendulum-v1", buffer_size=100, **small).learn(60)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    assert (tmp_path / "buffer.pkl").exists()
+
+    other = DDPG("MlpPolicy", "Pendulum-v1", buffer_size=200, **small)
+    other.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert other.replay_buffer.size() == 60
+    state, expected = other.replay_buffer.get_state(), model.replay_buffer.get_state()
+    assert all(np.array_equal(state[name], expected[name]) for name in expected)
+    other.learn(20)
+    assert other.n_updates == 20, "there is enough to learn from at once"
+
+    with pytest.raises(ValueError, match="larger buffer"):
+        DDPG("MlpPolicy", "Pendulum-v1", buffer_size=50, **small).load_replay_buffer(tmp_path / "buffer.pkl")
+    mountain = DDPG("MlpPolicy", "MountainCarContinuous-v0", **small)
+    with pytest.raises(ValueError, match="other spaces"):
+        mountain.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert mountain.replay_buffer.size() == 0
+    model.save(tmp_path / "model", full=True)
+    with pytest.raises(ArchiveError, match="holds no replay buffer"):
+        model.load_replay_buffer(tmp_path / "model")
+
+
+def test_a2c_has_no_replay_buffer(tmp_path):
+    model = A2C("MlpPolicy", "CartPole-v1")
+    with pytest.raises(ValueError, match="A2C has no replay buffer"):
+        model.save_replay_buffer(tmp_path / "buffer")
+    with pytest.raises(ValueError, match="A2C has no replay buffer"):
+        model.load_replay_buffer(tmp_path / "buffer")
+
+
+# What is refused.
+
+
+def test_a_file_of_another_class_is_refused(make_model, tmp_path):
+    make_model().save(tmp_path / "model")
+    name, other = make_model.cls.__name__, {A2C: DDPG, DDPG: A2C}[make_model.cls]
+    with pytest.raises(ArchiveError, match=f"holds a {name} model, not {other.__name__}: use {name}.load or sbac.load"):
+        other.load(tmp_path / "model")
+
+
+def test_a_missing_file_is_named_with_the_nearest(make_model, tmp_path):
+    make_model().save(tmp_path / "pendulum")
+    for load in (make_model.cls.load, sbac.load):
+        with pytest.raises(FileNotFoundError, match=r"pendolum.*did you mean .*pendulum\.zip"):
+            load(tmp_path / "pendolum")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(make_model, tmp_path, share):
+    make_model().learn(20).save(tmp_path / "model", full=True)
+    content = (tmp_path / "model.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(content[: int(share * len(content))])
+    for load in (make_model.cls.load, sbac.load):
+        with pytest.raises(ArchiveError, match=r"cut\.zip"):
+            load(tmp_path / "cut")
+
+
+def test_a_changed_file_is_refused(make_model, tmp_path):
+    make_model().save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as file:
+        weight = next(info for info in file.infolist() if info.filename.startswith("policy/"))
+    content = bytearray((tmp_path / "model.zip").read_bytes())
+    content[weight.header_offset + 30 + len(weight.filename) + weight.file_size - 1] ^= 1
+    (tmp_path / "model.zip").write_bytes(content)
+    with pytest.raises(ArchiveError, match=r"model\.zip"):
+        make_model.cls.load(tmp_path / "model")
+
+
+def test_foreign_files_are_refused(make_model, tmp_path):
+    (tmp_path / "text.zip").write_text("no zip at all")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("readme.txt", "a zip")
+    stable_baselines3.A2C("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "peer.zip")
+    for name, text in (("text", "not a model file"), ("other", "not a model file"), ("peer", "Stable-Baselines3")):
+        for load in (make_model.cls.load, sbac.load):
+            with pytest.raises(ArchiveError, match=text):
+                load(tmp_path / name)
+
+
+def test_an_environment_with_other_spaces_is_refused(make_model, tmp_path):
+    model = make_model()
+    model.save(tmp_path / "model")
+    other = gymnasium.make("MountainCarContinuous-v0")
+    with pytest.raises(ValueError, match="another observation space") as caught:
+        make_model.cls.load(tmp_path / "model", env=other)
+    assert str(model.observation_space) in str(caught.value)
+    assert str(other.observation_space) in str(caught.value)
+
+
+# Objects of the user's own.
+
+
+class OwnStochastic(StochasticActorCritic):
+    pass
+
+
+class OwnDeterministic(DeterministicActorCritic):
+    pass
+
+
+def halfway(progress_remaining: float) -> float:
+    return 0.5 * progress_remaining + 0.4
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("gamma", lambda progress: 0.9), ("gamma", halfway), ("policy", None)],
+    ids=["lambda", "function", "policy"],
+)
+def test_own_objects_need_permission_or_a_replacement(make_model, tmp_path, argument, value):
+    cls = make_model.cls
+    if argument == "policy":
+        value = {A2C: OwnStochastic, DDPG: OwnDeterministic}[cls]
+        model = cls(value, make_model.env_id, seed=0)
+    else:
+        model = make_model(**{argument: value})
+    model.save(tmp_path / "model")
+
+    with pytest.raises(ArchiveError) as caught:
+        cls.load(tmp_path / "model")
+    pattern = rf"argument {argument} .*custom_objects={{'{argument}': \.\.\.}}.*allow_pickle=True"
+    assert re.search(pattern, str(caught.value))
+
+    trusted = cls.load(tmp_path / "model", allow_pickle=True)
+    assert same(trusted, model)
+    if argument == "gamma":
+        assert trusted.gamma(0.5) == value(0.5)
+    replaced = cls.load(tmp_path / "model", custom_objects={argument: value})
+    assert same(replaced, model)
+    if argument == "policy":
+        assert type(replaced.policy) is value
+
+
+def test_an_own_object_within_policy_kwargs_is_named(make_model, tmp_path):
+    class Wave(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(x)
+
+    kwargs = {"net_arch": [8, 8], "activation_fn": Wave}
+    model = make_model(policy_kwargs=kwargs)
+    model.save(tmp_path / "model")
+    with pytest.raises(ArchiveError, match=r"policy_kwargs\.activation_fn.*Wave.*custom_objects={'policy_kwargs'"):
+        make_model.cls.load(tmp_path / "model")
+    assert same(make_model.cls.load(tmp_path / "model", custom_objects={"policy_kwargs": kwargs}), model)
+    assert same(make_model.cls.load(tmp_path / "model", allow_pickle=True), model)
+
+
+# A file is never lost.
+
+
+@pytest.mark.parametrize("why", ["an object that cannot be pickled", "a full disk"])
+def test_an_earlier_file_survives_a_save_that_fails(make_model, tmp_path, monkeypatch, why):
+    good = make_model(seed=0)
+    good.save(tmp_path / "model")
+    content = (tmp_path / "model.zip").read_bytes()
+
+    model, error = make_model(seed=1), OSError
+    if why == "a full disk":
+
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+    else:
+        lock, error = threading.Lock(), ArchiveError
+        model.gamma = lambda _: 0.9 if lock else 0.8
+    with pytest.raises(error):
+        model.save(tmp_path / "model")
+    assert (tmp_path / "model.zip").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
+    assert same(make_model.cls.load(tmp_path / "model"), good)
+
+
+def test_saving_changes_nothing(make_model, tmp_path):
+    saved, plain = make_model(), make_model()
+    saved.learn(40).save(tmp_path / "model", full=True)
+    plain.learn(40)
+    for model in (saved, plain):
+        model.learn(40, reset_num_timesteps=False)
+    assert same(saved, plain)
