@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from sbac.envs import Step
+from sbac.adapters import Step
 
 
 class RolloutBatch(NamedTuple):

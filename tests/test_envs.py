@@ -17,7 +17,9 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sbac.envs import ActionCodec, Environments, Infos, Step, make_environments
+from sbac.actions import ActionCodec
+from sbac.adapters import Infos, Step
+from sbac.envs import Environments, make_environments
 from sbac.guards import EnvironmentFault, NotFiniteError
 from tests.environments import (
     EPISODE_LENGTHS,
