@@ -191,7 +191,7 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         try:
             return torch.device("cpu" if device == "auto" else device)
         except RuntimeError as error:
-            raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or another that torch knows, not {device!r}") from error
+            raise ValueError(f"device must be 'auto', 'cpu' or another that torch knows, not {device!r}") from error
 
     def _make_policy(self, **kwargs: Any) -> Any:
         """Build the policy with its own random numbers, and name what `policy_kwargs` gets wrong."""

@@ -32,9 +32,7 @@ def make_model(request: pytest.FixtureRequest) -> Callable[..., BaseAlgorithm]:
     cls, env_id, arguments = SMALL[request.param]
 
     def make(env: Any = env_id, **overrides: Any) -> BaseAlgorithm:
-        return cls(
-            "MlpPolicy", env, **{"seed": 0, "policy_kwargs": {"net_arch": [16, 8]}, **arguments, **overrides}
-        )
+        return cls("MlpPolicy", env, **{"seed": 0, "policy_kwargs": {"net_arch": [16, 8]}, **arguments, **overrides})
 
     make.cls, make.env_id = cls, env_id  # type: ignore[attr-defined]
     return make

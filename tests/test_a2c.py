@@ -92,9 +92,7 @@ class Idle(gymnasium.Env[Any, Any]):
 
 
 def peer_of(model: A2C, known: Spaces, **kwargs: Any) -> Any:
-    peer = stable_baselines3.A2C(
-        "MlpPolicy", DummyVecEnv([lambda: Idle(known)] * known.n_envs), **kwargs
-    )
+    peer = stable_baselines3.A2C("MlpPolicy", DummyVecEnv([lambda: Idle(known)] * known.n_envs), **kwargs)
     peer.set_logger(Logger(None, []))
     peer.policy.load_state_dict(in_peers_names(weights(model)))
     return peer
@@ -267,9 +265,7 @@ def test_gradient_step_by_hand_with_continuous_actions_and_normalized_advantages
     policy_loss = -(normal.log_prob(action).sum(-1) * advantage).mean()
     loss = policy_loss - 0.1 * normal.entropy().sum(-1).mean() + 0.5 * ((returns - value) ** 2).mean()
     gradient = torch.autograd.grad(loss, list(state.values()))
-    expected = {
-        name: tensor.detach() - 0.01 * g for (name, tensor), g in zip(state.items(), gradient, strict=True)
-    }
+    expected = {name: tensor.detach() - 0.01 * g for (name, tensor), g in zip(state.items(), gradient, strict=True)}
 
     update(model, rollout)
     assert difference(weights(model), expected) < 1e-6
@@ -292,9 +288,7 @@ def test_one_step_actor_critic_by_hand(terminated):
     log_prob = log_probs_of(state, obs)[0, int(rollout.action[0, 0])]
     loss = (-(target - value).detach() * log_prob + 0.5 * (target - value) ** 2).sum()
     gradient = torch.autograd.grad(loss, list(state.values()))
-    expected = {
-        name: tensor.detach() - 0.1 * g for (name, tensor), g in zip(state.items(), gradient, strict=True)
-    }
+    expected = {name: tensor.detach() - 0.1 * g for (name, tensor), g in zip(state.items(), gradient, strict=True)}
 
     update(model, rollout)
     assert difference(weights(model), expected) < 1e-6
@@ -302,9 +296,7 @@ def test_one_step_actor_critic_by_hand(terminated):
 
 def test_normalizing_a_single_advantage_leaves_it():
     known = DISCRETE._replace(n_envs=1)
-    plain, normalized = (
-        A2C("MlpPolicy", known, n_steps=1, normalize_advantage=flag, seed=2) for flag in (False, True)
-    )
+    plain, normalized = (A2C("MlpPolicy", known, n_steps=1, normalize_advantage=flag, seed=2) for flag in (False, True))
     for model in (plain, normalized):
         update(model, make_rollout(known, seed=1, n_steps=1))
     assert difference(weights(plain), weights(normalized)) == 0
