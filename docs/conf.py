@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+from sphinx.util import inspect
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -30,13 +32,23 @@ python_maximum_signature_line_length = 88
 
 
 def plain_text(app, what, name, obj, options, lines):
-    """Docstrings are plain text: asterisks and bars are no markup, and an indented block of a module is shown as it is."""
+    """Docstrings are plain text: asterisks and bars are no markup, and a module's indented blocks are code."""
     for i, line in enumerate(lines):
         lines[i] = re.sub(r"(`+[^`]+`+)|([*|])", lambda found: found[1] or "\\" + found[2], line)
     if what == "module":
         starts = [i for i in range(1, len(lines)) if lines[i].startswith("    ") and not lines[i - 1].strip()]
         for i in reversed(starts):
             lines[i:i] = ["::", ""]
+
+
+def signature(app, what, name, obj, options, arguments, returned):
+    """What a caller writes, where a metaclass checks the arguments, and for `load`, which is two methods in one."""
+    if what == "class" and type(obj).__call__ is not type.__call__ and "__init__" in vars(obj):
+        found = inspect.stringify_signature(inspect.signature(obj.__init__, bound_method=True), show_annotation=False)
+        return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", found), None
+    if name == "sbac.base.BaseAlgorithm.load":
+        return re.sub(r"^\(instance: [^,]+, ", "(", arguments), returned
+    return None
 
 
 def skip(app, what, name, obj, skipped, options):
@@ -46,4 +58,5 @@ def skip(app, what, name, obj, skipped, options):
 
 def setup(app):
     app.connect("autodoc-process-docstring", plain_text, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)
