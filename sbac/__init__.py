@@ -10,12 +10,14 @@ from sbac.ddpg import DDPG
 from sbac.evaluation import evaluate_policy
 from sbac.guards import EnvironmentFault, NotFiniteError
 from sbac.loading import inspect, load
+from sbac.td3 import TD3
 
 __version__ = "0.1.0"
 
 __all__ = [
     "A2C",
     "DDPG",
+    "TD3",
     "ArchiveError",
     "EnvironmentFault",
     "NotFiniteError",

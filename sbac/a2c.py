@@ -19,8 +19,9 @@ from sbac.buffers import RolloutBatch, RolloutBuffer
 from sbac.callbacks import MaybeCallback
 from sbac.envs import EnvironmentLike, Environments
 from sbac.gae import explained_variance, gae
-from sbac.guards import require_number, require_whole
-from sbac.policies import StochasticActorCritic, check_observation_space
+from sbac.guards import require_constant, require_number, require_whole
+from sbac.observations import check_observation_space
+from sbac.policies import StochasticActorCritic
 from sbac.schedules import FloatOrSchedule
 
 
@@ -88,7 +89,7 @@ class A2C(BaseAlgorithm):
         require_number("vf_coef", vf_coef, minimum=0)
         if max_grad_norm is not None:
             require_number("max_grad_norm", max_grad_norm, above=0)
-        require_number("rms_prop_eps", rms_prop_eps, above=0)
+        require_constant("rms_prop_eps", rms_prop_eps, above=0)
         self.learning_rate = learning_rate
         self.gamma = gamma
         self.gae_lambda = gae_lambda
@@ -100,9 +101,7 @@ class A2C(BaseAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.rollout_buffer_class = rollout_buffer_class
         self.rollout_buffer_kwargs = dict(rollout_buffer_kwargs or {})
-        super().__init__(
-            policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device
-        )
+        super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
 
         network_kwargs = dict(self.policy_kwargs)
         optimizer_class = network_kwargs.pop("optimizer_class", None)

@@ -1,6 +1,7 @@
 """Vector environments of each kind, adapted to one `Step`.
 
-Gymnasium's reset themselves in one of three ways, those of Stable-Baselines in a fourth; all yield the same transitions.
+Gymnasium's reset themselves in one of three ways, those of Stable-Baselines in a fourth; all yield the same
+transitions.
 """
 
 from __future__ import annotations
@@ -223,4 +224,6 @@ def killed_workers(env: AsyncVectorEnv, patience: float = 0.0) -> dict[int, int 
 
 
 def _ends(indices: np.ndarray, successor: Tree, terminated: np.ndarray) -> dict[int, dict[str, Any]]:
-    return {int(i): {"terminal_observation": rows(successor, i), "TimeLimit.truncated": not terminated[i]} for i in indices}
+    return {
+        int(i): {"terminal_observation": rows(successor, i), "TimeLimit.truncated": not terminated[i]} for i in indices
+    }

@@ -7,12 +7,10 @@ algorithm is stands in its own file.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import time
-from abc import ABC, ABCMeta, abstractmethod
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 
@@ -21,40 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from sbac import checkpoint
+from sbac.actions import ActionCodec
+from sbac.adapters import Step
 from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
-from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, Step, make_environments
-from sbac.guards import NotFiniteError, all_finite, nearest, require_whole
+from sbac.construction import Constructed, LoadsEitherWay
+from sbac.envs import EnvironmentLike, Environments, Spaces, make_environments
+from sbac.episodes import EpisodeStatistics
+from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
+from sbac.observations import as_batch
 from sbac.optimization import Trainable
 from sbac.schedules import FloatOrSchedule, value_at
+from sbac.training_log import TrainingLog
 
 PathLike = str | Path
 
 
-class _ChecksNames(ABCMeta):
-    """Refuses hyperparameters that an algorithm does not have, with the nearest that it has."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        known = checkpoint.argument_names(cls)
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{cls.__name__} has no argument {name!r}{nearest(name, known)}")
-        return super().__call__(*args, **kwargs)
-
-
-class _LoadsEitherWay:
-    """``DDPG.load(path)`` returns a new model; ``model.load(path)`` loads into the model."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        functools.update_wrapper(self, function)  # type: ignore[arg-type]
-
-    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
-        bound = functools.partial(self._function, owner, instance)
-        return functools.update_wrapper(bound, self._function)
-
-
-class BaseAlgorithm(ABC, metaclass=_ChecksNames):
+class BaseAlgorithm(metaclass=Constructed):
     """What all algorithms share.
 
     A subclass keeps each argument of its constructor as an attribute of the same name; that is what is saved.
@@ -73,8 +54,7 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
     Attributes:
         num_timesteps: Transitions collected since the counter was last reset, over all environments.
         n_updates: Gradient steps made.
-        n_episodes: Episodes finished since the counter was last reset.
-        ep_info_buffer: The last episodes, each ``{"r": return, "l": length, "t": seconds since the start}``.
+        episodes: What is known of the episodes of training.
     """
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]]
@@ -117,24 +97,20 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         self._codec = ActionCodec(self.action_space)
 
         # Every random number of a model comes from one of these; the global generators are left alone.
-        seeds = np.random.SeedSequence(seed).generate_state(5)
+        seeds = np.random.SeedSequence(seed).generate_state(6)
         self._network_seed, self._env_seed = int(seeds[0]), int(seeds[1])
         self.generator = np.random.default_rng(seeds[2])  # exploration and replay
         self._act_generator = torch.Generator().manual_seed(int(seeds[3]))  # actions while training
         self._predict_generator = torch.Generator().manual_seed(int(seeds[4]))  # actions for others
+        self._update_state = torch.Generator().manual_seed(int(seeds[5])).get_state()  # what an update draws
 
         self.num_timesteps = 0
         self.n_updates = 0
-        self.n_episodes = 0
         self._total_timesteps = 0
         self._obs: Any = None  # what to act on next, (n_envs, *obs_shape)
         self._reset_count = -1
-        self.ep_info_buffer: deque[dict[str, float]] = deque(maxlen=self.stats_window_size)
-        self.ep_success_buffer: deque[float] = deque(maxlen=self.stats_window_size)
-        self._episode_return = np.zeros(self.n_envs)
-        self._episode_length = np.zeros(self.n_envs, dtype=np.int64)
-        self._sums: dict[str, Tensor] = {}
-        self._summed = 0
+        self.episodes = EpisodeStatistics(self.n_envs, self.stats_window_size)
+        self._training_log = TrainingLog(1, 0)
         self._logger: Logger | None = None
         self._event_file: TensorBoardOutputFormat | None = None
 
@@ -221,46 +197,51 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         if self.env is None:
             raise ValueError("this model has no environment to learn in: call set_env(env) or load(path, env=env)")
         steps = require_whole("total_timesteps", total_timesteps, 1)
-        self._log_interval = require_whole("log_interval", log_interval, 1)
+        interval = require_whole("log_interval", log_interval, 1)
         prepared = make_callback(callback, progress_bar)
+        self._is_watched = callback is not None or progress_bar
 
         if reset_num_timesteps:
             self.num_timesteps = 0
-            self.n_episodes = 0
+            self.episodes.count = 0
         self._total_timesteps = self.num_timesteps + steps
         if reset_num_timesteps or self._obs is None or self.env.reset_count != self._reset_count:
             self._start_episodes(self.env)
         self._setup_logger(tb_log_name or type(self).__name__, reset_num_timesteps)
-        self._start_time = time.perf_counter()
-        self._start_timesteps = self.num_timesteps
-        self._last_logged = (0, self.num_timesteps)
+        self._training_log = TrainingLog(interval, self.num_timesteps)
 
         prepared.init_callback(self)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._n_threads(threads))
         try:
             prepared.on_training_start({"self": self, "total_timesteps": steps}, globals())
             yield prepared
-            if self._summed:
+            if self._training_log.n_updates:
                 self._dump_logs()
             prepared.on_training_end()
         finally:
+            torch.set_num_threads(threads)
             prepared.close()
+
+    def _n_threads(self, available: int) -> int:
+        """A network of less than a million parameters loses more to the exchange between threads than it gains."""
+        parameters = sum(parameter.numel() for parameter in self.policy.parameters())
+        return 1 if parameters < 1_000_000 else available
 
     def _start_episodes(self, env: Environments) -> None:
         """Begin a new episode everywhere. The first ones are seeded; later ones go on with the same generators."""
         self._obs = env.reset(self._env_seed if self._reset_count < 0 and self.seed is not None else None)
         self._reset_count = env.reset_count
-        self._episode_return[:] = 0
-        self._episode_length[:] = 0
+        self.episodes.start()
 
     def _after_step(self, callback: BaseCallback, action: np.ndarray, step: Step) -> bool:
         """Count a step, keep its observations, and ask the callback whether to go on."""
         self._obs = step.obs
         self.num_timesteps += int(np.count_nonzero(step.valid))
-        self._episode_return += step.reward
-        self._episode_length += step.valid
         ended = step.terminated | step.truncated
-        if ended.any():
-            self._end_episodes(np.flatnonzero(ended), step)
+        self.episodes.add(step, ended, self._training_log.seconds)
+        if not self._is_watched:
+            return True
         callback.update_locals(
             {
                 "actions": action,
@@ -273,30 +254,36 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         )
         return callback.on_step()
 
-    def _end_episodes(self, indices: Iterable[int], step: Step) -> None:
-        seconds = round(time.perf_counter() - self._start_time, 6)
-        for i in indices:
-            info = step.infos[i]
-            # A wrapper that records episodes below a wrapper that changes rewards knows the true return.
-            episode = info.get("episode") or {
-                "r": float(self._episode_return[i]),
-                "l": int(self._episode_length[i]),
-                "t": seconds,
-            }
-            self.ep_info_buffer.append(episode)
-            if hasattr(step.infos, "ends"):
-                step.infos.ends[int(i)]["episode"] = episode
-            if "is_success" in info:
-                self.ep_success_buffer.append(float(info["is_success"]))
-            self._episode_return[i] = 0
-            self._episode_length[i] = 0
-            self.n_episodes += 1
+    @property
+    def ep_info_buffer(self) -> deque[dict[str, float]]:
+        """The last episodes, each ``{"r": return, "l": length, "t": seconds since training started}``."""
+        return self.episodes.infos
+
+    @property
+    def ep_success_buffer(self) -> deque[float]:
+        """1 or 0 for each of the last episodes whose environment said ``is_success``."""
+        return self.episodes.successes
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """While an update runs, torch's global generator (of dropout, say) is the model's; then it is as before."""
+        before = torch.get_rng_state()
+        torch.set_rng_state(self._update_state)
+        try:
+            yield
+        finally:
+            self._update_state = torch.get_rng_state()
+            torch.set_rng_state(before)
 
     def _now(self, value: FloatOrSchedule) -> float:
         """A hyperparameter's present value: itself, or what its schedule says of the progress so far."""
         if not callable(value):
             return value
-        return value_at(value, 1.0 - self.num_timesteps / max(self._total_timesteps, 1))
+        return value_at(value, self._progress())
+
+    def _progress(self) -> float:
+        """How much of the training remains: from 1 to 0."""
+        return 1.0 - self.num_timesteps / max(self._total_timesteps, 1)
 
     # Logging.
 
@@ -325,37 +312,18 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
             self.logger.add_output(self._event_file)
 
     def _log(self, numbers: Mapping[str, Tensor]) -> None:
-        """Remember the numbers of one update; the log shows their means since its last row."""
+        """Count an update and remember its numbers."""
         self.n_updates += 1
-        self._summed += 1
-        for name, value in numbers.items():
-            if name in self._sums:
-                self._sums[name] += value.detach()
-            else:
-                self._sums[name] = value.detach().clone()
+        self._training_log.add(numbers)
 
     def _dump_if_due(self, count: int) -> None:
-        """Write a row of the log every `log_interval` counts, and at least every 10 000 transitions."""
-        if count - self._last_logged[0] >= self._log_interval or self.num_timesteps - self._last_logged[1] >= 10_000:
-            self._last_logged = (count, self.num_timesteps)
-            self._dump_logs()
+        """Write a row of the log every `log_interval` counts."""
+        if self._training_log.is_due(count, self.num_timesteps):
+            self._dump_logs(count)
 
-    def _dump_logs(self) -> None:
-        record = self.logger.record
-        if self.ep_info_buffer:
-            record("rollout/ep_rew_mean", float(np.mean([episode["r"] for episode in self.ep_info_buffer])))
-            record("rollout/ep_len_mean", float(np.mean([episode["l"] for episode in self.ep_info_buffer])))
-        if self.ep_success_buffer:
-            record("rollout/success_rate", float(np.mean(self.ep_success_buffer)))
-        elapsed = max(time.perf_counter() - self._start_time, 1e-9)
-        record("time/fps", int((self.num_timesteps - self._start_timesteps) / elapsed))
-        record("time/time_elapsed", round(elapsed, 3))
-        record("time/episodes", self.n_episodes)
-        record("time/total_timesteps", self.num_timesteps)
-        for name, total in self._sums.items():
-            record(f"train/{name}", float(total) / self._summed)
-        record("train/n_updates", self.n_updates)
-        self._sums, self._summed = {}, 0
+    def _dump_logs(self, count: int = 0) -> None:
+        self._training_log.record(self.logger, count, self.num_timesteps, self.episodes)
+        self.logger.record("train/n_updates", self.n_updates)
         self._record_more()
         self.logger.dump(self.num_timesteps)
 
@@ -386,20 +354,9 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
             ValueError: The observation does not have the shape of the observation space.
             NotFiniteError: The observation holds NaN or infinity.
         """
-        space = self.observation_space
-        obs = np.asarray(observation)
-        shape = space.shape or ()
-        single = obs.shape == shape
-        if not (single or obs.shape[1:] == shape) or obs.dtype.kind not in "fiub":
-            raise ValueError(
-                f"predict: the observation has shape {obs.shape} and dtype {obs.dtype}, but the model was made for "
-                f"{space}: pass shape {shape}, or {('n', *shape)} for a batch"
-            )
-        obs = obs.astype(space.dtype, copy=False)
-        if not all_finite(obs):
-            raise NotFiniteError(f"predict: the observation holds NaN or infinity: {obs}")
+        obs, single = as_batch(observation, self.observation_space)
         self.policy.set_training_mode(False)
-        action = self.policy.act(obs[None] if single else obs, deterministic, self._predict_generator)
+        action = self.policy.act(obs, deterministic, self._predict_generator)
         native = self._codec.to_env(action)
         return (native[0] if single else native), state
 
@@ -525,7 +482,7 @@ class BaseAlgorithm(ABC, metaclass=_ChecksNames):
         """
         checkpoint.save(self, path, exclude, include, full)
 
-    @_LoadsEitherWay
+    @LoadsEitherWay
     def load(
         cls: Any,
         instance: Any,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +12,12 @@ from gymnasium import spaces
 from torch import Tensor
 
 from sbac.adapters import Step
+from sbac.envs import Environments
+from sbac.guards import require_whole
+from sbac.trees import Tree, copy_tree, leaves, rows, set_rows, space_tree, tree_map
+
+LARGE = 2**30
+"""Bytes from which on a replay buffer says how large it is."""
 
 
 class RolloutBatch(NamedTuple):
@@ -19,29 +27,49 @@ class RolloutBatch(NamedTuple):
     the states to ask there are `bootstrap_obs`, and `bootstrap_index` says where their values go.
     """
 
-    obs: Tensor  # (T * n, *obs_shape)
+    obs: Tree  # (T * n, *obs_shape)
     action: Tensor  # (T * n, *action_shape)
     reward: Tensor  # (T, n)
     terminated: Tensor  # (T, n) bool
     truncated: Tensor  # (T, n) bool
     kept: Tensor | slice  # which of the T * n rows are transitions: all, but for empty reset steps
-    bootstrap_obs: Tensor  # (M, *obs_shape)
+    bootstrap_obs: Tree  # (M, *obs_shape)
     bootstrap_index: tuple[Tensor, Tensor]  # t and environment, (M,) each
 
 
 class ReplayBatch(NamedTuple):
-    """B transitions, drawn uniformly with replacement."""
+    """B transitions, each over one step or, with n-step returns, up to n."""
 
-    obs: Tensor  # (B, *obs_shape)
+    obs: Tree  # (B, *obs_shape)
     action: Tensor  # (B, action_dim), in [-1, 1]
-    reward: Tensor  # (B,)
+    reward: Tensor  # (B,): r_0 + gamma r_1 + ... over the steps that the transition spans
+    discount: Tensor  # (B,): gamma to the power of the number of those steps
     terminated: Tensor  # (B,) as 0.0 or 1.0
-    successor: Tensor  # (B, *obs_shape)
+    successor: Tree  # (B, *obs_shape)
+    weight: Tensor  # (B,): what each counts in the loss; 1 where all are drawn alike
+    rows: np.ndarray  # (B,): where the transitions are in the buffer
 
 
-def _stored_dtype(dtype: Any) -> Any:
-    """The networks compute in float32, so nothing is gained by keeping more."""
-    return np.float32 if dtype == np.float64 else dtype
+def _empty_obs(shape: tuple[int, ...], space: spaces.Space[Any]) -> Tree:
+    """Room for observations. The memory is taken as it fills, not at once.
+
+    The networks compute in float32, so nothing is gained by keeping float64.
+    """
+
+    def room(leaf: spaces.Space[Any]) -> np.ndarray:
+        dtype = np.float32 if leaf.dtype == np.float64 else leaf.dtype
+        return np.empty((*shape, *(leaf.shape or ())), dtype)
+
+    return tree_map(room, space_tree(space))
+
+
+def _as_stored(obs: Tree, stored: Tree) -> Tree:
+    """A copy of observations in the dtypes of those stored."""
+    return tree_map(lambda leaf, room: np.array(leaf, room.dtype), obs, stored)
+
+
+def _equal(one: Tree, other: Tree) -> bool:
+    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(leaves(one), leaves(other), strict=True))
 
 
 class RolloutBuffer:
@@ -69,21 +97,22 @@ class RolloutBuffer:
         self.buffer_size = buffer_size
         self.n_envs = n_envs
         self.device = torch.device(device)
-        rows = (buffer_size, n_envs)
-        self.obs = np.zeros((*rows, *(observation_space.shape or ())), _stored_dtype(observation_space.dtype))
+        shape = (buffer_size, n_envs)
+        self.obs = _empty_obs(shape, observation_space)
         is_box = isinstance(action_space, spaces.Box)
-        self.action = np.zeros((*rows, *(action_space.shape or ())), np.float32 if is_box else np.int64)
-        self.reward = np.zeros(rows, np.float32)
-        self.terminated = np.zeros(rows, bool)
-        self.truncated = np.zeros(rows, bool)
-        self.valid = np.zeros(rows, bool)
+        self.action = np.zeros((*shape, *(action_space.shape or ())), np.float32 if is_box else np.int64)
+        self.reward = np.zeros(shape, np.float32)
+        self.terminated = np.zeros(shape, bool)
+        self.truncated = np.zeros(shape, bool)
+        self.valid = np.zeros(shape, bool)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.pos = 0
-        self._cut_obs: list[np.ndarray] = []
-        self._cut_index: list[tuple[int, int]] = []
+        self._cut_obs: list[Tree] = []  # what followed where a time limit cut an episode
+        self._cut_index: list[tuple[int, int]] = []  # and the step and the environment of each
+        self._newest: Tree = None  # what followed the newest step, (n, *obs_shape)
 
     @property
     def full(self) -> bool:
@@ -94,7 +123,7 @@ class RolloutBuffer:
         """Transitions held, over all environments."""
         return int(self.valid[: self.pos].sum())
 
-    def add(self, obs: np.ndarray, action: np.ndarray, step: Step) -> None:
+    def add(self, obs: Tree, action: np.ndarray, step: Step) -> None:
         """Append what n environments did.
 
         Args:
@@ -105,48 +134,51 @@ class RolloutBuffer:
         if self.full:
             raise ValueError(f"the rollout already holds its {self.buffer_size} steps; call reset() first")
         row = self.pos
-        self.obs[row] = obs
+        set_rows(self.obs, row, obs)
         self.action[row] = action
         self.reward[row] = step.reward
         self.terminated[row] = step.terminated
         self.truncated[row] = step.truncated
         self.valid[row] = step.valid
+        self._newest = _as_stored(step.successor, self.obs)
         for i in np.flatnonzero(step.truncated & ~step.terminated):
-            self._cut_obs.append(np.array(step.successor[i], self.obs.dtype))
+            self._cut_obs.append(rows(self._newest, i))
             self._cut_index.append((row, int(i)))
-        # The newest successors are what a rollout that ends here bootstraps from.
-        self._last_successor = np.array(step.successor, self.obs.dtype)
         self.pos += 1
 
     def get(self) -> RolloutBatch:
         """All that is held, as tensors that stay true until the next `add`."""
         last = self.pos - 1
-        cuts = [(i, obs) for i, obs in zip(self._cut_index, self._cut_obs, strict=True) if i[0] < last]
-        bootstrap_obs = self._last_successor
+        bootstrap_obs = self._newest
         times, environments = np.full(self.n_envs, last), np.arange(self.n_envs)
+        cuts = [k for k, (time, _) in enumerate(self._cut_index) if time < last]
         if cuts:
-            bootstrap_obs = np.concatenate([bootstrap_obs, np.stack([obs for _, obs in cuts])])
-            times = np.concatenate([times, [t for (t, _), _ in cuts]])
-            environments = np.concatenate([environments, [i for (_, i), _ in cuts]])
+            cut_obs = [self._cut_obs[k] for k in cuts]
+            bootstrap_obs = tree_map(
+                lambda *them: np.concatenate([them[0], np.stack(them[1:])]), self._newest, *cut_obs
+            )
+            times = np.concatenate([times, [self._cut_index[k][0] for k in cuts]])
+            environments = np.concatenate([environments, [self._cut_index[k][1] for k in cuts]])
         held = slice(0, self.pos)
         return RolloutBatch(
-            obs=self._tensor(self.obs[held].reshape(-1, *self.obs.shape[2:])),
+            obs=tree_map(lambda leaf: self._tensor(leaf[held].reshape(-1, *leaf.shape[2:])), self.obs),
             action=self._tensor(self.action[held].reshape(-1, *self.action.shape[2:])),
             reward=self._tensor(self.reward[held]),
             terminated=self._tensor(self.terminated[held]),
             truncated=self._tensor(self.truncated[held]),
             kept=slice(None) if self.valid[held].all() else self._tensor(self.valid[held].ravel()),
-            bootstrap_obs=self._tensor(bootstrap_obs),
+            bootstrap_obs=tree_map(self._tensor, bootstrap_obs),
             bootstrap_index=(self._tensor(times), self._tensor(environments)),
         )
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything held, as arrays, for a full checkpoint."""
-        state = {name: getattr(self, name)[: self.pos] for name in _ROLLOUT_ARRAYS}
+        state = {name: array[: self.pos] for name, array in self._arrays().items()}
         state["cut_index"] = np.array(self._cut_index, dtype=np.int64).reshape(-1, 2)
-        state["cut_obs"] = np.array(self._cut_obs, dtype=self.obs.dtype).reshape(-1, *self.obs.shape[2:])
+        if self._cut_obs:
+            state.update(leaves(tree_map(lambda *them: np.stack(them), *self._cut_obs), "cut"))
         if self.pos:
-            state["last_successor"] = self._last_successor
+            state.update(leaves(self._newest, "newest"))
         return state
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
@@ -155,37 +187,47 @@ class RolloutBuffer:
         Raises:
             ValueError: The arrays were made for other spaces or do not fit into this buffer, which stays as it was.
         """
-        _require_fit(self, _ROLLOUT_ARRAYS, state)
+        n_steps = len(state["reward"])
+        require_fit(self, self._arrays(), state, n_steps)
         self.reset()
-        self.pos = len(state["obs"])
-        for name in _ROLLOUT_ARRAYS:
-            getattr(self, name)[: self.pos] = state[name]
+        self.pos = n_steps
+        for name, array in self._arrays().items():
+            array[:n_steps] = state[name]
         self._cut_index = [(int(t), int(i)) for t, i in state["cut_index"]]
-        self._cut_obs = list(state["cut_obs"])
-        if self.pos:
-            self._last_successor = state["last_successor"]
+        self._cut_obs = [rows(_tree_like(self.obs, state, "cut"), k) for k in range(len(self._cut_index))]
+        if n_steps:
+            self._newest = _tree_like(self.obs, state, "newest")
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        names = ("action", "reward", "terminated", "truncated", "valid")
+        return {**dict(leaves(self.obs, "obs")), **{name: getattr(self, name) for name in names}}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array, device=self.device)
 
 
-_ROLLOUT_ARRAYS = ("obs", "action", "reward", "terminated", "truncated", "valid")
+# What a row's flags say.
+TERMINATED, CUT, EMPTY = 1, 2, 4
 
 
 class ReplayBuffer:
     """The last transitions of all environments, for off-policy learning (Lin 1992; Mnih et al. 2015).
 
+    Each observation is stored once: what followed a row is the next row, and where that is not so (an episode ended, or
+    the environments were reset from outside) it lies in a small table beside. Batches are the same as if both
+    observations of each transition were stored.
+
     Args:
-        buffer_size: How many transitions to keep, over all environments; older ones are overwritten.
-        observation_space: Of one environment.
+        buffer_size: How many transitions to keep, over all environments; rounded down to a multiple of `n_envs`.
+        observation_space: Of one environment; a Dict or Tuple makes batches that are trees.
         action_space: Of one environment, a Box.
         device: Where batches go.
         n_envs: Number of environments, n.
         generator: Draws the batches.
+        n_steps: Over how many steps a transition spans, at least 1; fewer where its episode ends or is not over yet.
 
-    Attributes:
-        pos: Where the next transition goes.
-        full: Whether old transitions are being overwritten.
+    Raises:
+        MemoryError: The buffer would be larger than the memory that is free. The message says how large.
     """
 
     def __init__(
@@ -196,105 +238,248 @@ class ReplayBuffer:
         device: torch.device | str = "cpu",
         n_envs: int = 1,
         generator: np.random.Generator | None = None,
+        n_steps: int = 1,
     ) -> None:
-        self.buffer_size = buffer_size
         self.n_envs = n_envs
         self.device = torch.device(device)
         self.generator = generator if generator is not None else np.random.default_rng()
-        obs_shape = (buffer_size, *(observation_space.shape or ()))
-        obs_dtype = _stored_dtype(observation_space.dtype)
-        # np.empty, so that memory is taken as the buffer fills and not at once.
-        self.obs = np.empty(obs_shape, obs_dtype)
-        self.successor = np.empty(obs_shape, obs_dtype)
-        self.action = np.empty((buffer_size, int(np.prod(action_space.shape or ()))), np.float32)
-        self.reward = np.empty(buffer_size, np.float32)
-        self.terminated = np.empty(buffer_size, np.float32)
+        self.n_steps = require_whole("n_steps", n_steps, 1)
+        self.n_rows = max(buffer_size // n_envs, 1)
+        self.buffer_size = self.n_rows * n_envs
+
+        action_dim = int(np.prod(action_space.shape or ()))
+        self._require_memory(observation_space, action_dim)
+        shape = (self.n_rows, n_envs)
+        self.obs = _empty_obs(shape, observation_space)
+        self.action = np.empty((*shape, action_dim), np.float32)
+        self.reward = np.empty(shape, np.float32)
+        self.flags = np.zeros(shape, np.uint8)
+        self._ones: dict[int, Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
         self.pos = 0
         self.full = False
+        self.flags[:] = 0
+        self._n_empty = 0
+        self._successor_of: dict[int, Tree] = {}  # of transitions after which the next row is not what followed
+        self._newest: Tree = None  # what followed the newest row, (n, *obs_shape)
 
     def size(self) -> int:
         """Transitions held."""
-        return self.buffer_size if self.full else self.pos
+        return self._rows_held() * self.n_envs - self._n_empty
 
-    def add(self, obs: np.ndarray, action: np.ndarray, step: Step) -> None:
-        """Append what n environments did, leaving out empty reset steps.
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffer takes when full, the table of successors not counted."""
+        return sum(array.nbytes for array in self._arrays().values())
+
+    def add(self, obs: Tree, action: np.ndarray, step: Step) -> None:
+        """Append what n environments did.
 
         Args:
             obs: What was acted on, (n, *obs_shape).
             action: In [-1, 1], (n, *action_shape).
-            step: What came of it.
+            step: What came of it. Where `step.valid` is False there was no transition.
         """
-        kept = np.flatnonzero(step.valid)
-        rows = (self.pos + np.arange(len(kept))) % self.buffer_size
-        self.obs[rows] = obs[kept]
-        self.action[rows] = action.reshape(self.n_envs, -1)[kept]
-        self.reward[rows] = step.reward[kept]
-        self.terminated[rows] = step.terminated[kept]
-        self.successor[rows] = step.successor[kept]
-        self.full = self.full or self.pos + len(kept) >= self.buffer_size
-        self.pos = (self.pos + len(kept)) % self.buffer_size
+        row = self.pos
+        self._forget(row)
+        if self._newest is not None and not _equal(self._newest, _as_stored(obs, self.obs)):
+            self._find_breaks(obs)
+        set_rows(self.obs, row, obs)
+        self.action[row] = action.reshape(self.n_envs, -1)
+        self.reward[row] = step.reward
+        ended = step.terminated | step.truncated
+        self.flags[row] = step.terminated * TERMINATED | ended * CUT | ~step.valid * EMPTY
+        self._newest = _as_stored(step.successor, self.obs)
+        for i in np.flatnonzero(ended):
+            self._successor_of[row * self.n_envs + int(i)] = copy_tree(rows(self._newest, i))
+        self._n_empty += int(np.count_nonzero(~step.valid))
+        self.pos = (row + 1) % self.n_rows
+        self.full = self.full or self.pos == 0
 
-    def sample(self, batch_size: int) -> ReplayBatch:
+    def sample(self, batch_size: int, gamma: float = 0.99, progress_remaining: float = 1.0) -> ReplayBatch:
         """Draw transitions uniformly, with replacement.
 
         Args:
             batch_size: How many, B.
+            gamma: Discount factor, for returns over several steps.
+            progress_remaining: 1 at the start of training, 0 at its end; for buffers that draw otherwise as it goes on.
 
         Raises:
             ValueError: The buffer is empty.
         """
         if self.size() == 0:
             raise ValueError("cannot sample from an empty replay buffer: collect or load transitions first")
-        rows = self.generator.integers(self.size(), size=batch_size)
+        return self._batch(self._draw(batch_size), gamma)
+
+    def attach(self, env: Environments) -> None:
+        """Learn what environments the transitions come from, before the first is added. Most buffers need not know."""
+
+    def saturation(self, n_transitions: int = 1000) -> float:
+        """The share of action components within 0.001 of a bound, over about the newest `n_transitions`."""
+        n_rows = min(self._rows_held(), -(-n_transitions // self.n_envs))
+        newest = self.action[(self.pos - 1 - np.arange(n_rows)) % self.n_rows]
+        return float(np.mean(np.abs(newest) >= 0.999)) if n_rows else 0.0
+
+    def update_priorities(self, batch: ReplayBatch, td_error: Tensor) -> None:
+        """Take note of how far off a batch's values were. Without meaning where all are drawn alike."""
+
+    def _draw(self, batch_size: int) -> np.ndarray:
+        held = self._rows_held() * self.n_envs
+        index = self.generator.integers(held, size=batch_size)
+        if self._n_empty:
+            flags = self.flags.reshape(-1)
+            while (empty := np.flatnonzero(flags[index] & EMPTY)).size:
+                index[empty] = self.generator.integers(held, size=empty.size)
+        return index
+
+    def _batch(self, index: np.ndarray, gamma: float) -> ReplayBatch:
+        reward, discount, last = self._span(index, gamma)
+        if len(index) not in self._ones:
+            self._ones[len(index)] = torch.ones(len(index), device=self.device)
         return ReplayBatch(
-            obs=self._tensor(self.obs[rows]),
-            action=self._tensor(self.action[rows]),
-            reward=self._tensor(self.reward[rows]),
-            terminated=self._tensor(self.terminated[rows]),
-            successor=self._tensor(self.successor[rows]),
+            obs=self._tensors(self._take(index)),
+            action=self._tensor(self.action.reshape(self.buffer_size, -1)[index]),
+            reward=self._tensor(reward),
+            discount=self._tensor(discount),
+            terminated=self._tensor((self.flags.reshape(-1)[last] & TERMINATED).astype(np.float32)),
+            successor=self._tensors(self._successors(last)),
+            weight=self._ones[len(index)],
+            rows=index,
         )
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.pos = 0
-        self.full = False
+    def _span(self, index: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rewards over up to n steps, the power of gamma that follows them, and each transition's last row."""
+        all_rewards, flags = self.reward.reshape(-1), self.flags.reshape(-1)
+        reward = all_rewards[index]
+        discount = np.full(len(index), gamma, np.float32)
+        last = index
+        for _ in range(self.n_steps - 1):
+            goes_on = ~((flags[last] & CUT) > 0) & ~self._is_newest(last)
+            last = np.where(goes_on, (last + self.n_envs) % self.buffer_size, last)
+            reward = reward + np.where(goes_on, discount * all_rewards[last], np.float32(0))
+            discount = np.where(goes_on, discount * np.float32(gamma), discount)
+        return reward, discount, last
+
+    def _successors(self, index: np.ndarray) -> Tree:
+        """What followed the rows `index`: the next row, but for the newest and for those in the table."""
+        successor = self._take((index + self.n_envs) % self.buffer_size)
+        for i in np.flatnonzero(self.flags.reshape(-1)[index] & CUT):
+            set_rows(successor, i, self._successor_of[int(index[i])])
+        for i in np.flatnonzero(self._is_newest(index) & ~(self.flags.reshape(-1)[index] & CUT > 0)):
+            set_rows(successor, i, rows(self._newest, index[i] % self.n_envs))
+        return successor
+
+    def _is_newest(self, index: np.ndarray) -> np.ndarray:
+        return index // self.n_envs == (self.pos - 1) % self.n_rows
+
+    def _find_breaks(self, obs: Tree) -> None:
+        """Where the environments were reset from outside, the newest row is not followed by this one."""
+        before = (self.pos - 1) % self.n_rows
+        now = _as_stored(obs, self.obs)
+        for i in np.flatnonzero((self.flags[before] & (CUT | EMPTY)) == 0):
+            if not _equal(rows(self._newest, i), rows(now, i)):
+                self.flags[before, i] |= CUT
+                self._successor_of[before * self.n_envs + int(i)] = copy_tree(rows(self._newest, i))
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything held, as arrays, for a full checkpoint."""
-        state = {name: getattr(self, name)[: self.size()] for name in _REPLAY_ARRAYS}
-        state["pos"] = np.array(self.pos)
+        held = slice(0, self._rows_held())
+        state = {"pos": np.array(self.pos), "after_index": np.array(list(self._successor_of), dtype=np.int64)}
+        state.update({name: array[held] for name, array in self._arrays().items()})
+        if self._newest is not None:
+            state.update(leaves(self._newest, "newest"))
+        if self._successor_of:
+            after = list(self._successor_of.values())
+            state.update(leaves(tree_map(lambda *them: np.stack(them), *after), "after"))
         return state
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Hold what `get_state` returned.
 
         Raises:
-            ValueError: The arrays were made for other spaces or do not fit into this buffer, which stays as it was.
+            ValueError: The arrays were made for other spaces, another number of environments or a larger buffer. The
+                buffer stays as it was.
         """
-        _require_fit(self, _REPLAY_ARRAYS, state)
-        size, pos = len(state["obs"]), int(state["pos"])
-        self.full = size == self.buffer_size
-        # The ring of a smaller buffer may begin anywhere: laid out from its oldest transition, the first to go.
-        in_order = self.full or pos in (0, size)
-        rows = slice(size) if in_order else (np.arange(size) - pos) % size
-        for name in _REPLAY_ARRAYS:
-            getattr(self, name)[rows] = state[name]
-        self.pos = pos % self.buffer_size if self.full else size
+        own = self._arrays()
+        n_held = len(state["reward"])
+        require_fit(self, own, state, n_held)
+        self.reset()
+        was_full = n_held == self.n_rows
+        # The ring of a smaller buffer may begin anywhere: laid out from its oldest row, the first to be overwritten.
+        shift = 0 if was_full or n_held == 0 else int(state["pos"]) % n_held
+        places = (np.arange(n_held) - shift) % max(n_held, 1)
+        for name, array in own.items():
+            array[places] = state[name]
+        self.full = was_full
+        self.pos = int(state["pos"]) if was_full else n_held
+        self._n_empty = int(np.count_nonzero(self.flags & EMPTY))
+        if n_held:
+            self._newest = tree_map(np.array, _tree_like(self.obs, state, "newest"))
+        for k, index in enumerate(state["after_index"]):
+            row, environment = divmod(int(index), self.n_envs)
+            key = int(places[row]) * self.n_envs + environment
+            self._successor_of[key] = copy_tree(rows(_tree_like(self.obs, state, "after"), k))
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {**dict(leaves(self.obs, "obs")), "action": self.action, "reward": self.reward, "flags": self.flags}
+
+    def _forget(self, row: int) -> None:
+        """Make place in a row that may hold an old transition of each environment."""
+        if self.full:
+            for i in np.flatnonzero(self.flags[row] & CUT):
+                del self._successor_of[row * self.n_envs + int(i)]
+            self._n_empty -= int(np.count_nonzero(self.flags[row] & EMPTY))
+
+    def _rows_held(self) -> int:
+        return self.n_rows if self.full else self.pos
+
+    def _take(self, index: np.ndarray) -> Tree:
+        return tree_map(lambda leaf: leaf.reshape(self.buffer_size, *leaf.shape[2:])[index], self.obs)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array, device=self.device)
 
+    def _tensors(self, tree: Tree) -> Tree:
+        return tree_map(self._tensor, tree)
 
-_REPLAY_ARRAYS = ("obs", "action", "reward", "terminated", "successor")
+    def _require_memory(self, observation_space: spaces.Space[Any], action_dim: int) -> None:
+        """Say how large a large buffer is, and refuse one that does not fit."""
+        one = [leaf for _, leaf in leaves(_empty_obs((), observation_space))]
+        per_transition = sum(leaf.nbytes for leaf in one) + 4 * action_dim + 4 + 1
+        needed = per_transition * self.buffer_size
+        if needed < LARGE:
+            return
+        size = f"{needed / 2**30:.1f} GiB ({self.buffer_size:,} transitions of {per_transition:,} bytes)"
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        if needed > total:
+            raise MemoryError(
+                f"the replay buffer would take {size}, and this machine has {total / 2**30:.1f} GiB of memory: "
+                "choose a smaller buffer_size"
+            )
+        print(f"replay buffer: {size} when full, {free / 2**30:.1f} GiB of memory are free")
 
 
-def _require_fit(buffer: RolloutBuffer | ReplayBuffer, names: tuple[str, ...], state: dict[str, np.ndarray]) -> None:
-    size = len(state[names[0]])
-    for name in names:
-        own, given = getattr(buffer, name), state[name]
-        if given.shape != (size, *own.shape[1:]) or given.dtype != own.dtype or size > len(own):
+def _tree_like(tree: Tree, arrays: dict[str, np.ndarray], name: str) -> Tree:
+    """The tree of the form of `tree` whose leaves are found in `arrays` under their paths below `name`."""
+    paths = iter([path for path, _ in leaves(tree, name)])
+    return tree_map(lambda _: arrays[next(paths)], tree)
+
+
+def require_fit(buffer: object, own: dict[str, np.ndarray], state: dict[str, np.ndarray], n_rows: int) -> None:
+    """Refuse stored arrays that a buffer cannot hold.
+
+    Raises:
+        ValueError: Naming the first array that does not fit, and both shapes.
+    """
+    for name, array in own.items():
+        given = state[name]
+        if given.shape != (n_rows, *array.shape[1:]) or given.dtype != array.dtype or n_rows > len(array):
             raise ValueError(
                 f"{type(buffer).__name__}: the stored {name} has shape {given.shape} and dtype {given.dtype}, which "
-                f"does not fit this buffer's {own.shape} and {own.dtype}: it was made with other spaces, another "
+                f"does not fit this buffer's {array.shape} and {array.dtype}: it was made with other spaces, another "
                 "number of environments or a larger buffer"
             )

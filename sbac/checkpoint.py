@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,7 +16,9 @@ from torch import nn
 
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
 from sbac.codec import MissingObjectError, decode, encode
+from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, make_environments
+from sbac.trees import leaves
 
 if TYPE_CHECKING:
     from sbac.base import BaseAlgorithm
@@ -27,11 +29,11 @@ PARTS = ("optimizer", "generators", "episodes", "noise", "replay_buffer", "rollo
 COUNTERS = (
     "num_timesteps",
     "n_updates",
-    "n_episodes",
     "_total_timesteps",
     "_n_rollouts",
     "_steps_since",
     "_transitions_since",
+    "_n_transitions",
 )
 
 
@@ -169,20 +171,6 @@ def _arguments(model: BaseAlgorithm) -> dict[str, Any]:
     return {name: model._policy_argument if name == "policy" else getattr(model, name) for name in names}
 
 
-def argument_names(cls: type) -> list[str]:
-    """The names of a class's constructor arguments, with those that ``**kwargs`` passes on to the classes above."""
-    names: dict[str, None] = {}
-    for owner in cls.__mro__:
-        init = vars(owner).get("__init__")
-        if init is None:
-            continue
-        parameters = list(inspect.signature(init).parameters.values())[1:]
-        names.update((p.name, None) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
-
-
 def _decode_arguments(file: Archive, cls: type, overrides: Mapping[str, Any]) -> dict[str, Any]:
     stored = file.config.get("arguments")
     if not isinstance(stored, dict):
@@ -233,13 +221,15 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
         data["generator"] = encode(model.generator.bit_generator.state)[0]
         for name in ("_act_generator", "_predict_generator"):
             arrays[f"generators/{name}"] = tensor_to_array(getattr(model, name).get_state())
+        arrays["generators/_update_state"] = tensor_to_array(model._update_state)
     if "episodes" in parts:
         data["ep_info_buffer"] = encode(list(model.ep_info_buffer))[0]
         data["ep_success_buffer"] = list(model.ep_success_buffer)
-        arrays["episodes/return"] = model._episode_return
-        arrays["episodes/length"] = model._episode_length
+        data["n_episodes"] = model.episodes.count
+        arrays["episodes/return"] = model.episodes.running_return
+        arrays["episodes/length"] = model.episodes.running_length
         if model._obs is not None:
-            arrays["episodes/obs"] = np.asarray(model._obs)
+            arrays.update(leaves(model._obs, "episodes/obs"))
     if "noise" in parts and getattr(model, "action_noise", None) is not None:
         arrays.update({f"noise/{name}": array for name, array in model.action_noise.get_state().items()})
     for name, buffer in model._buffers().items():
@@ -256,19 +246,27 @@ def _set_state(model: Any, file: Archive) -> None:
         model.generator.bit_generator.state = decode(data["generator"])
         for name in ("_act_generator", "_predict_generator"):
             getattr(model, name).set_state(array_to_tensor(arrays[f"generators/{name}"]))
+        model._update_state = array_to_tensor(arrays["generators/_update_state"])
     if "ep_info_buffer" in data:
         model.ep_info_buffer.extend(decode(data["ep_info_buffer"]))
         model.ep_success_buffer.extend(data["ep_success_buffer"])
+        model.episodes.count = int(data["n_episodes"])
         if same_environments:
-            model._episode_return = arrays["episodes/return"]
-            model._episode_length = arrays["episodes/length"]
+            model.episodes.running_return = arrays["episodes/return"]
+            model.episodes.running_length = arrays["episodes/length"]
     noise = _below(arrays, "noise/")
     if noise and same_environments:
         model.action_noise.set_state(noise)
     for name, buffer in model._buffers().items():
         stored = _below(arrays, f"{name}/")
-        if stored and (same_environments or name == "replay_buffer"):
+        if stored and same_environments:
             buffer.set_state(stored)
+        elif name == "replay_buffer" and stored:
+            warnings.warn(
+                f"the replay buffer of the file was collected in {file.config['arguments']['n_envs']} environments and "
+                f"the model now has {model.n_envs}: it was left out, the new one is empty",
+                stacklevel=6,
+            )
 
 
 def _below(arrays: Mapping[str, np.ndarray], folder: str) -> dict[str, np.ndarray]:

@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         help="any argument of the algorithm: --set gamma=0.98 --set policy_kwargs.net_arch=[64,64]",
     )
     train.add_argument("--out", type=Path, help="folder of the run; must not exist (default runs/ALGO_ENV_1, _2, ...)")
-    train.add_argument("--eval-freq", type=int, help="transitions between evaluations (default: a twentieth of the steps)")
+    train.add_argument(
+        "--eval-freq", type=int, help="transitions between evaluations (default: a twentieth of the steps)"
+    )
     train.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation (default 10)")
     train.add_argument("--device", default="auto", help="cpu, cuda, ... (default auto)")
     train.add_argument("--no-recipe", action="store_true", help="leave the tuned values aside")
@@ -124,7 +126,9 @@ def _train(options: argparse.Namespace) -> int:
 
     folder = _new_folder(options.out, cls.__name__, options.env)
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "none but the defaults"
-    print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}\nhyperparameters: {given}\nfolder: {folder}")
+    print(
+        f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}\nhyperparameters: {given}\nfolder: {folder}"
+    )
     _write_config(folder, model, options.env, steps, arguments)
     model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
 
@@ -198,7 +202,9 @@ def _value(text: str) -> Any:
 def _new_folder(wanted: Path | None, name: str, env_id: str) -> Path:
     if wanted is not None:
         if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-            raise FileExistsError(f"--out {wanted} exists already; nothing was overwritten: name another folder, or remove it")
+            raise FileExistsError(
+                f"--out {wanted} exists already; nothing was overwritten: name another folder, or remove it"
+            )
         folder = wanted
     else:
         number = 1
@@ -340,5 +346,7 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"  {len(content['arrays'])} arrays, {sum(array['bytes'] for array in content['arrays']):,} bytes")
     for array in content["arrays"]:
         print(f"    {array['name']} {tuple(array['shape'])} {array['dtype']}")
-    print(f"  full checkpoint: {'yes' if content['state'] else 'no'}; Python objects: {'yes' if content['objects'] else 'no'}")
+    print(
+        f"  full checkpoint: {'yes' if content['state'] else 'no'}; Python objects: {'yes' if content['objects'] else 'no'}"
+    )
     return 0

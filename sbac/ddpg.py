@@ -19,48 +19,74 @@ from sbac.base import BaseAlgorithm
 from sbac.buffers import ReplayBatch, ReplayBuffer
 from sbac.callbacks import MaybeCallback
 from sbac.envs import EnvironmentLike, Environments, Step
-from sbac.guards import require_number, require_whole
+from sbac.guards import read_train_freq, require_constant, require_number, require_whole
 from sbac.noise import ActionNoise, OrnsteinUhlenbeckActionNoise
-from sbac.policies import Actor, Critic, DeterministicActorCritic, check_observation_space
+from sbac.observations import check_observation_space
+from sbac.policies import Actor, Critic, DeterministicActorCritic
 from sbac.schedules import FloatOrSchedule
 
 
 class DDPG(BaseAlgorithm):
     """Deep Deterministic Policy Gradient: replay, target networks, Ornstein-Uhlenbeck noise, two learning rates.
 
-    Any float may also be a schedule (`sbac.schedules`), a function of the progress that remains.
+    Where it says (s), a schedule (`sbac.schedules`) or a function of the remaining progress may stand for the number.
 
     Args:
-        policy: "MlpPolicy", or a policy class.
+        policy: "MlpPolicy", "MultiInputPolicy" for Dict and Tuple observations, or a policy class.
         env: An id, an environment, a factory or a list of them, or a vector environment. Actions: a finite Box.
-        learning_rate: Of both networks, above 0; None leaves it to the two below.
-        actor_learning_rate: Step size of the actor's Adam, above 0.
-        critic_learning_rate: Step size of the critic's Adam, above 0.
+        learning_rate: Of both networks, above 0 (s); None leaves it to `actor_learning_rate` and
+            `critic_learning_rate`.
         buffer_size: Transitions that the replay buffer keeps.
         learning_starts: Transitions collected, by uniformly random actions, before the first gradient step.
         batch_size: Transitions of a gradient step.
-        tau: Share of the network that goes into its target at each gradient step, in [0, 1].
-        gamma: Discount factor, in [0, 1].
-        train_freq: Steps of the vector environment between two times of learning, at least 1.
+        tau: Share of the network that goes into its target at each update of the targets, in [0, 1] (s).
+        gamma: Discount factor, in [0, 1] (s).
+        train_freq: Steps of the vector environment between two times of learning, at least 1; or ``(n, "episode")``.
         gradient_steps: Gradient steps at each time of learning; -1 makes as many as there were transitions since.
         action_noise: Added to the actor's actions, in units of [-1, 1]. "ornstein_uhlenbeck" has theta 0.15, sigma
-            0.2 and dt 1, as in the paper; None leaves it out.
+            0.2 (the paper) and dt 1; None leaves it out.
+        n_steps: Over how many steps a target sums rewards before it asks the critic, at least 1.
+        actor_learning_rate: Step size of the actor, above 0 (s).
+        critic_learning_rate: Step size of the critic, above 0 (s).
+        target_update_interval: Gradient steps between two updates of the targets, at least 1. With `tau` 1, the hard
+            update of DQN.
+        n_critics: Critics; targets take the least of them. The paper has 1.
+        optimizer_class: Of both networks; Adam in the paper.
         weight_decay: L2 penalty on the critic's weights (the paper: 0.01), at least 0.
-        max_grad_norm: Gradients of each network are scaled down to this norm, above 0; None leaves them.
+        max_grad_norm: Gradients of each network are scaled down to this norm, above 0 (s); None leaves them.
+        layer_norm: Whether to normalise before each activation, in both networks.
+        dropout: Share of the critic's hidden units that training leaves out, in [0, 1).
+        preset: "notes" (the defaults), or "stable-baselines3" (what that library calls DDPG). Arguments given beside it
+            win.
         n_envs: How many environments to make from an id or a factory.
         replay_buffer_class: In place of `ReplayBuffer`.
         replay_buffer_kwargs: Its further arguments.
         stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
         tensorboard_log: Folder for event files, or None.
-        policy_kwargs: Further arguments of the policy, and ``optimizer_class``, ``optimizer_kwargs``. The default is
-            the paper's network: 400 and 300 units, the action joining at the critic's second layer, last layers in
-            +-0.003.
+        policy_kwargs: Further arguments of the policy, and ``optimizer_kwargs``. The default is the paper's network:
+            400 and 300 units, the action joining at the critic's second layer, last layers in +-0.003.
         verbose: 0 is silent, 1 prints a table as training goes.
         seed: Fixes every random number, or None.
         device: "cpu", "cuda", ... or "auto".
     """
 
-    policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {"MlpPolicy": DeterministicActorCritic}
+    policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "MlpPolicy": DeterministicActorCritic,
+        "MultiInputPolicy": DeterministicActorCritic,
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "notes": {},
+        "stable-baselines3": {
+            "learning_rate": 1e-3,
+            "buffer_size": 1_000_000,
+            "learning_starts": 100,
+            "batch_size": 256,
+            "tau": 0.005,
+            "gradient_steps": 1,
+            "action_noise": None,
+            "policy_kwargs": {"action_layer": 0, "final_init": None},
+        },
+    }
     policy: DeterministicActorCritic
     _shorthands = ("learning_rate",)
 
@@ -74,13 +100,20 @@ class DDPG(BaseAlgorithm):
         batch_size: int = 128,
         tau: FloatOrSchedule = 1e-3,
         gamma: FloatOrSchedule = 0.99,
-        train_freq: int = 1,
+        train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = -1,
         action_noise: ActionNoise | str | None = "ornstein_uhlenbeck",
+        n_steps: int = 1,
         actor_learning_rate: FloatOrSchedule = 1e-4,
         critic_learning_rate: FloatOrSchedule = 1e-3,
+        target_update_interval: int = 1,
+        n_critics: int = 1,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         weight_decay: float = 0.0,
         max_grad_norm: FloatOrSchedule | None = None,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+        preset: str | None = None,
         n_envs: int = 1,
         replay_buffer_class: type[ReplayBuffer] = ReplayBuffer,
         replay_buffer_kwargs: Mapping[str, Any] | None = None,
@@ -106,33 +139,40 @@ class DDPG(BaseAlgorithm):
             )
         require_number("tau", tau, minimum=0, maximum=1)
         require_number("gamma", gamma, minimum=0, maximum=1)
-        self.train_freq = require_whole("train_freq", train_freq, 1)
+        self.train_freq = train_freq
+        self._train_interval, self._train_every = read_train_freq(train_freq)
         self.gradient_steps = require_whole("gradient_steps", gradient_steps, -1)
-        require_number("weight_decay", weight_decay, minimum=0)
+        self.n_steps = require_whole("n_steps", n_steps, 1)
+        self.target_update_interval = require_whole("target_update_interval", target_update_interval, 1)
+        require_constant("weight_decay", weight_decay, minimum=0)
+        require_constant("dropout", dropout, minimum=0, below=1)
         if max_grad_norm is not None:
             require_number("max_grad_norm", max_grad_norm, above=0)
         self.actor_learning_rate = actor_learning_rate
         self.critic_learning_rate = critic_learning_rate
         self.tau = tau
         self.gamma = gamma
+        self.n_critics = n_critics
+        self.optimizer_class = optimizer_class
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
+        self.layer_norm = layer_norm
+        self.dropout = dropout
+        self.preset = preset
         self.replay_buffer_class = replay_buffer_class
         self.replay_buffer_kwargs = dict(replay_buffer_kwargs or {})
-        super().__init__(
-            policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device
-        )
+        super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
 
         # Networks mu, Q and their targets mu', Q'.
-        paper = {"net_arch": (400, 300), "n_critics": 1, "action_layer": 1, "final_init": 3e-3}
-        network_kwargs: dict[str, Any] = {**paper, **self.policy_kwargs}
-        optimizer_class = network_kwargs.pop("optimizer_class", torch.optim.Adam)
+        paper = {"net_arch": (400, 300), "action_layer": 1, "final_init": 3e-3}
+        plain = {"n_critics": n_critics, "layer_norm": layer_norm, "dropout": dropout}
+        network_kwargs: dict[str, Any] = {**paper, **plain, **self.policy_kwargs}
+        optimizer_class = network_kwargs.pop("optimizer_class", optimizer_class)
         optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
+        critic_kwargs = {"weight_decay": weight_decay, **optimizer_kwargs} if weight_decay else optimizer_kwargs
         self.policy = self._make_policy(**network_kwargs)
         self.actor.set_optimizer(optimizer_class, self._now(actor_learning_rate), **optimizer_kwargs)
-        self.critic.set_optimizer(
-            optimizer_class, self._now(critic_learning_rate), **{"weight_decay": weight_decay, **optimizer_kwargs}
-        )
+        self.critic.set_optimizer(optimizer_class, self._now(critic_learning_rate), **critic_kwargs)
 
         # Replay buffer R and exploration noise N.
         self.replay_buffer = replay_buffer_class(
@@ -142,8 +182,11 @@ class DDPG(BaseAlgorithm):
             device=self.device,
             n_envs=self.n_envs,
             generator=self.generator,
+            n_steps=self.n_steps,
             **self.replay_buffer_kwargs,
         )
+        if self.env is not None:
+            self.replay_buffer.attach(self.env)
         if action_noise == "ornstein_uhlenbeck":
             action_noise = OrnsteinUhlenbeckActionNoise(mean=0.0, sigma=0.2, theta=0.15, dt=1.0)
         elif not (action_noise is None or isinstance(action_noise, ActionNoise)):
@@ -151,8 +194,9 @@ class DDPG(BaseAlgorithm):
         self.action_noise = copy.deepcopy(action_noise)
         if self.action_noise is not None:
             self.action_noise.bind(self.n_envs, (int(np.prod(self.action_space.shape or ())),), self.generator)
-        self._steps_since = 0  # steps of the vector environment since the last time of learning
+        self._steps_since = 0  # steps of the vector environment, or episodes, since the last time of learning
         self._transitions_since = 0
+        self._n_transitions = 0  # collected since learning began
 
     def learn(
         self,
@@ -183,7 +227,7 @@ class DDPG(BaseAlgorithm):
 
                 # Learn: by default one gradient step for each transition, once learning_starts are there.
                 self._learn()
-                self._dump_if_due(self.n_episodes)
+                self._dump_if_due(self.episodes.count)
         return self
 
     def _explore(self, obs: np.ndarray) -> np.ndarray:
@@ -201,8 +245,11 @@ class DDPG(BaseAlgorithm):
         """Store the transitions, and begin the noise anew where an episode ended."""
         self.replay_buffer.add(obs, action, step)
         if self._can_learn():
-            self._steps_since += 1
-            self._transitions_since += int(np.count_nonzero(step.valid))
+            n_transitions = int(np.count_nonzero(step.valid))
+            n_ended = int(np.count_nonzero(step.terminated | step.truncated))
+            self._steps_since += n_ended if self._train_every == "episode" else 1
+            self._transitions_since += n_transitions
+            self._n_transitions += n_transitions
         ended = step.terminated | step.truncated | ~step.valid
         if self.action_noise is not None and ended.any():
             self.action_noise.reset(np.flatnonzero(ended))
@@ -213,7 +260,7 @@ class DDPG(BaseAlgorithm):
 
     def _learn(self) -> None:
         """The gradient steps that are due."""
-        if self._steps_since >= self.train_freq and self._can_learn():
+        if self._steps_since >= self._train_interval and self._can_learn():
             self.train(self._transitions_since if self.gradient_steps < 0 else self.gradient_steps)
             self._steps_since = self._transitions_since = 0
 
@@ -228,26 +275,32 @@ class DDPG(BaseAlgorithm):
         self.critic.set_learning_rate(self._now(self.critic_learning_rate))
         self.policy.set_training_mode(True)
         for _ in range(gradient_steps):
-            self._log(self._update(self.replay_buffer.sample(batch_size or self.batch_size)))
+            batch = self.replay_buffer.sample(batch_size or self.batch_size, self._now(self.gamma), self._progress())
+            with self._own_randomness():
+                numbers = self._update(batch)
+            self.replay_buffer.update_priorities(batch, numbers["td_error"])
+            self._log(numbers)
 
     def _update(self, batch: ReplayBatch) -> dict[str, Tensor]:
         """One gradient step of critic and actor, and one soft update of their targets.
 
         Args:
-            batch: obs and successor (B, *obs_shape), action (B, act_dim), reward and terminated (B,).
+            batch: obs and successor (B, *obs_shape), action (B, act_dim), reward, discount, terminated, weight (B,).
 
         Returns:
-            The losses and what tells how learning goes, as scalars.
+            The losses and what tells how learning goes: scalars, and the size of each TD error, (B,).
         """
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
 
-        # Critic: y = r + gamma (1 - terminated) Q'(s', mu'(s')), minimise (Q(s, a) - y)^2.
+        # Critic: y = r + gamma (1 - terminated) Q'(s', mu'(s')), minimise (Q(s, a) - y)^2. The batch brings gamma, or
+        # with n-step returns its power, and weights, which are 1 unless replay is prioritised.
         with torch.no_grad():
             next_action = self.actor_target(batch.successor)  # (B, act_dim)
             next_q = self.critic_target(batch.successor, next_action).amin(0)  # (B,)
-            target = batch.reward + self._now(self.gamma) * (1 - batch.terminated) * next_q  # (B,)
+            target = batch.reward + batch.discount * (1 - batch.terminated) * next_q  # (B,)
         q = self.critic(batch.obs, batch.action)  # (n_critics, B), one by default
-        critic_loss = (q - target).square().mean(1).sum()
+        td_error = q - target  # (n_critics, B)
+        critic_loss = (batch.weight * td_error.square()).mean(1).sum()
         self.critic.descend(critic_loss, max_grad_norm)
 
         # Actor: maximise Q(s, mu(s)). The critic's own gradient is not computed.
@@ -255,11 +308,18 @@ class DDPG(BaseAlgorithm):
         self.actor.descend(actor_loss, max_grad_norm)
 
         # Targets: theta' <- tau theta + (1 - tau) theta'.
-        tau = self._now(self.tau)
-        self.critic_target.follow(self.critic, tau)
-        self.actor_target.follow(self.actor, tau)
+        if (self.n_updates + 1) % self.target_update_interval == 0:
+            tau = self._now(self.tau)
+            self.critic_target.follow(self.critic, tau)
+            self.actor_target.follow(self.actor, tau)
 
-        return {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_mean": q.mean(), "target_mean": target.mean()}
+        return {
+            "critic_loss": critic_loss,
+            "actor_loss": actor_loss,
+            "q_mean": q.mean(),
+            "target_mean": target.mean(),
+            "td_error": td_error.detach().abs().amax(0),
+        }
 
     def _start_episodes(self, env: Environments) -> None:
         super()._start_episodes(env)
@@ -303,12 +363,17 @@ class DDPG(BaseAlgorithm):
         check_observation_space(self.observation_space, "DDPG")
 
     def _record_more(self) -> None:
-        actor_rate, critic_rate = self._now(self.actor_learning_rate), self._now(self.critic_learning_rate)
+        record = self.logger.record
         if self.learning_rate is not None:
-            self.logger.record("train/learning_rate", actor_rate)
+            record("train/learning_rate", self._now(self.learning_rate))
         else:
-            self.logger.record("train/actor_learning_rate", actor_rate)
-            self.logger.record("train/critic_learning_rate", critic_rate)
+            record("train/actor_learning_rate", self._now(self.actor_learning_rate))
+            record("train/critic_learning_rate", self._now(self.critic_learning_rate))
+        if self._n_transitions:
+            record("train/updates_per_transition", self.n_updates / self._n_transitions)
+        record("rollout/action_saturation", self.replay_buffer.saturation())
+        if self.action_noise is not None and self.action_noise.scale is not None:
+            record("rollout/noise_scale", self.action_noise.scale)
 
     def _buffers(self) -> dict[str, Any]:
         return {"replay_buffer": self.replay_buffer}

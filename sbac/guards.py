@@ -64,13 +64,35 @@ def require_number(
     maximum: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Refuse a hyperparameter that is no finite number in its range. A schedule's values are checked as they are used.
+    """Refuse a hyperparameter that is no finite number in its range. A schedule is asked at its start and its end.
 
     Raises:
         ValueError: Naming the argument, its range and what was received.
     """
+    bounds_of = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     if callable(value):
+        for progress_remaining in (1.0, 0.0):
+            require_number(
+                f"{name} (at {progress_remaining:g} of the progress)", value(progress_remaining), **bounds_of
+            )
         return
+    require_constant(name, value, **bounds_of)
+
+
+def require_constant(
+    name: str,
+    value: object,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Refuse what is no finite number in its range; a schedule may not stand for it.
+
+    Raises:
+        ValueError: Naming the argument, its range and what was received.
+    """
     bounds = [
         f"{word} {bound:g}"
         for word, bound in (("at least", minimum), ("above", above), ("at most", maximum), ("below", below))
@@ -94,6 +116,23 @@ def require_whole(name: str, value: object, minimum: int) -> int:
     if number is None or number != int(number) or number < minimum:
         raise ValueError(f"{name} must be a whole number, at least {minimum}, not {value!r}")
     return int(number)
+
+
+def read_train_freq(train_freq: object) -> tuple[int, str]:
+    """How often to learn: a number of steps, or ``(n, "step")`` or ``(n, "episode")``.
+
+    Returns:
+        The number, and "step" or "episode".
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    number, unit = (
+        train_freq if isinstance(train_freq, (tuple, list)) and len(train_freq) == 2 else (train_freq, "step")
+    )
+    if unit not in ("step", "episode"):
+        raise ValueError(f"train_freq counts in 'step' or 'episode', not in {unit!r}")
+    return require_whole("train_freq", number, 1), unit
 
 
 def _number(value: object) -> float | None:

@@ -9,8 +9,9 @@ from sbac.archive import ArchiveError, inspect_archive
 from sbac.base import BaseAlgorithm, PathLike
 from sbac.ddpg import DDPG
 from sbac.guards import nearest
+from sbac.td3 import TD3
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"a2c": A2C, "ddpg": DDPG}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"a2c": A2C, "ddpg": DDPG, "td3": TD3}
 
 
 def algorithm(name: str) -> type[BaseAlgorithm]:

@@ -525,7 +525,5 @@ def _gif(key: str, video: Video) -> Any:
     first, *rest = [PIL.Image.fromarray(frame) for frame in np.broadcast_to(pixels, (*pixels.shape[:3], 3))]
     gif = io.BytesIO()
     first.save(gif, format="GIF", save_all=True, append_images=rest, duration=1000 / video.fps, loop=0)
-    image = Summary.Image(
-        height=height, width=n_videos * width, colorspace=3, encoded_image_string=gif.getvalue()
-    )
+    image = Summary.Image(height=height, width=n_videos * width, colorspace=3, encoded_image_string=gif.getvalue())
     return Summary(value=[Summary.Value(tag=key, image=image)])

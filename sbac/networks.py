@@ -10,6 +10,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from sbac.trees import Tree, leaves, space_tree
+
 
 class BaseFeaturesExtractor(nn.Module):
     """A body that turns a batch of observations into features.
@@ -43,8 +45,32 @@ class FlattenExtractor(BaseFeaturesExtractor):
         return obs.reshape(len(obs), self.features_dim).float()
 
 
+class CombinedExtractor(BaseFeaturesExtractor):
+    """A tree of observations (Dict or Tuple), each leaf as `FlattenExtractor` reads it, joined."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        bodies = [FlattenExtractor(leaf) for _, leaf in leaves(space_tree(observation_space))]
+        super().__init__(observation_space, sum(body.features_dim for body in bodies))
+        self.bodies = nn.ModuleList(bodies)
+
+    def forward(self, obs: Tree) -> Tensor:
+        """From a tree of (B, *leaf_shape) to (B, features_dim), as float32."""
+        return torch.cat([body(leaf) for body, (_, leaf) in zip(self.bodies, leaves(obs), strict=True)], dim=1)
+
+
+def default_extractor(observation_space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:
+    """The body that reads a space where none was asked for."""
+    is_tree = isinstance(observation_space, (spaces.Dict, spaces.Tuple))
+    return CombinedExtractor if is_tree else FlattenExtractor
+
+
 def create_mlp(
-    input_dim: int, output_dim: int, net_arch: Sequence[int], activation_fn: type[nn.Module] = nn.ReLU
+    input_dim: int,
+    output_dim: int,
+    net_arch: Sequence[int],
+    activation_fn: type[nn.Module] = nn.ReLU,
+    layer_norm: bool = False,
+    dropout: float = 0.0,
 ) -> list[nn.Module]:
     """The layers of a perceptron, for `nn.Sequential`.
 
@@ -53,13 +79,21 @@ def create_mlp(
         output_dim: Number of outputs; 0 leaves the last layer out, so that a head can be put on.
         net_arch: Units of each hidden layer.
         activation_fn: After each hidden layer.
+        layer_norm: Whether to normalise before each activation (Ba et al. 2016, arXiv:1607.06450).
+        dropout: Share of each hidden layer's units that training leaves out, in [0, 1), before the normalisation
+            (Hiraoka et al. 2022, arXiv:2110.02034).
 
     Returns:
         Linear layers and activations in turn.
     """
     layers: list[nn.Module] = []
     for units in net_arch:
-        layers += [nn.Linear(input_dim, units), activation_fn()]
+        layers.append(nn.Linear(input_dim, units))
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+        if layer_norm:
+            layers.append(nn.LayerNorm(units))
+        layers.append(activation_fn())
         input_dim = units
     if output_dim > 0:
         layers.append(nn.Linear(input_dim, output_dim))

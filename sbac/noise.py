@@ -58,6 +58,11 @@ class ActionNoise(ABC):
     def to_config(self) -> dict[str, Any]:
         """Return the parameters as data that JSON can hold; `noise_from_config` turns them back."""
 
+    @property
+    def scale(self) -> float | None:
+        """How far the noise reaches, as logged; None where it has no such number."""
+        return None
+
     def get_state(self) -> dict[str, np.ndarray]:
         """Return a copy of what the next sample depends on, except the generator, which its owner saves."""
         return {}
@@ -77,8 +82,7 @@ class ActionNoise(ABC):
         expected = self.get_state().keys()
         if state.keys() != expected:
             raise ValueError(
-                f"{type(self).__name__}.set_state: the state must hold {sorted(expected)}, "
-                f"got {sorted(state)}."
+                f"{type(self).__name__}.set_state: the state must hold {sorted(expected)}, got {sorted(state)}."
             )
 
     def _chosen(self, indices: Iterable[int] | np.ndarray | None) -> np.ndarray:
@@ -129,6 +133,11 @@ class _GaussianNoise(ActionNoise):
         self.n_envs = n_envs
         self._shape = (n_envs, *shape)
         self._generator = generator
+
+    @property
+    def scale(self) -> float:
+        """The mean of sigma over the action dimensions."""
+        return float(np.mean(self.sigma))
 
     def _parameters(self) -> dict[str, np.ndarray]:
         return {"mean": self.mean, "sigma": self.sigma}
@@ -224,9 +233,7 @@ class OrnsteinUhlenbeckActionNoise(_GaussianNoise):
         super().__init__(mean, sigma, dtype)
         for name, value in (("theta", theta), ("dt", dt)):
             if not 0.0 < value < np.inf:
-                raise ValueError(
-                    f"OrnsteinUhlenbeckActionNoise: {name} must be above 0 and finite, got {value!r}."
-                )
+                raise ValueError(f"OrnsteinUhlenbeckActionNoise: {name} must be above 0 and finite, got {value!r}.")
         if theta * dt >= 2.0:
             raise ValueError(
                 f"OrnsteinUhlenbeckActionNoise: theta * dt must be below 2, got {theta!r} * {dt!r}: "
@@ -272,8 +279,7 @@ class OrnsteinUhlenbeckActionNoise(_GaussianNoise):
         array = np.array(state["state"], dtype=np.float64)
         if array.shape != self._shape:
             raise ValueError(
-                f"OrnsteinUhlenbeckActionNoise.set_state: the state must have shape {self._shape}, "
-                f"got {array.shape}."
+                f"OrnsteinUhlenbeckActionNoise.set_state: the state must have shape {self._shape}, got {array.shape}."
             )
         self._state = array
 
@@ -315,6 +321,11 @@ class VectorizedActionNoise(ActionNoise):
         # The copies draw in turn from one generator: with copies of a generator they would all draw the same.
         for noise in self.noises:
             noise._generator = self._generator
+
+    @property
+    def scale(self) -> float | None:
+        """That of the base noise."""
+        return self.base_noise.scale
 
     def __call__(self) -> np.ndarray:
         samples = [noise() for noise in self.noises]
@@ -374,6 +385,5 @@ def noise_from_config(config: Mapping[str, Any]) -> ActionNoise:
     except TypeError as error:
         raise ValueError(f"Cannot build {kind} noise from {arguments!r}: {error}") from error
     raise ValueError(
-        f"Unknown kind of noise {kind!r} in {dict(config)!r}: "
-        "expected normal, ornstein_uhlenbeck or vectorized."
+        f"Unknown kind of noise {kind!r} in {dict(config)!r}: expected normal, ornstein_uhlenbeck or vectorized."
     )

@@ -311,9 +311,7 @@ def _find_runs(folders: Iterable[PathLike]) -> list[Path]:
                 runs.setdefault(Path(at).resolve(), Path(at))
                 below.clear()
         if not found:
-            raise FileNotFoundError(
-                f"plotting: no run in {folder}: no progress.csv or evaluations.npz there or below"
-            )
+            raise FileNotFoundError(f"plotting: no run in {folder}: no progress.csv or evaluations.npz there or below")
     if not runs:
         raise ValueError("plotting: folder_or_folders is empty; give at least one folder")
     return list(runs.values())

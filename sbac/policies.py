@@ -11,15 +11,18 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
+from sbac.guards import require_number, require_whole
 from sbac.networks import (
     BaseFeaturesExtractor,
-    FlattenExtractor,
     create_mlp,
+    default_extractor,
     init_fan_in,
     init_orthogonal,
     init_uniform,
 )
+from sbac.observations import obs_to_tensor
 from sbac.optimization import Trainable
+from sbac.trees import Tree, batch_size
 
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
 """Units of the hidden layers: one list for both networks, or a dict with a list for each."""
@@ -46,19 +49,6 @@ def split_net_arch(net_arch: NetArch, names: tuple[str, str]) -> tuple[list[int]
     return list(archs[0]), list(archs[1])
 
 
-def check_observation_space(space: spaces.Space[Any], algorithm: str) -> None:
-    """Refuse observations that no policy can read.
-
-    Raises:
-        ValueError: The space is neither Box nor Discrete.
-    """
-    if not isinstance(space, (spaces.Box, spaces.Discrete)):
-        raise ValueError(
-            f"{algorithm} reads Box and Discrete observations, not {space}; "
-            "gymnasium.wrappers.FlattenObservation turns any space into a Box"
-        )
-
-
 class StochasticActorCritic(Trainable):
     """pi(a|s) and V(s), for A2C and A3C.
 
@@ -70,7 +60,10 @@ class StochasticActorCritic(Trainable):
         activation_fn: After each hidden layer.
         ortho_init: Orthogonal initialisation, with gains sqrt 2 (bodies), 0.01 (actions), 1 (value); else torch's own.
         log_std_init: Logarithm of the first standard deviation of a Gaussian policy, in units of [-1, 1].
-        features_extractor_class: The body in front of both networks.
+        layer_norm: Whether to normalise before each activation.
+        dropout: Share of each hidden layer's units that training leaves out, in [0, 1).
+        features_extractor_class: The body in front of both networks; by default `CombinedExtractor` for Dict and
+            Tuple observations, else `FlattenExtractor`.
         features_extractor_kwargs: Its further arguments.
         share_features_extractor: One body for both, or one for each.
     """
@@ -84,7 +77,9 @@ class StochasticActorCritic(Trainable):
         activation_fn: type[nn.Module] = nn.Tanh,
         ortho_init: bool = True,
         log_std_init: float = 0.0,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: Mapping[str, Any] | None = None,
         share_features_extractor: bool = True,
     ) -> None:
@@ -95,6 +90,7 @@ class StochasticActorCritic(Trainable):
 
         pi_arch, vf_arch = split_net_arch(net_arch, ("pi", "vf"))
         kwargs = dict(features_extractor_kwargs or {})
+        features_extractor_class = features_extractor_class or default_extractor(observation_space)
         self.features_extractor = features_extractor_class(observation_space, **kwargs)
         self.share_features_extractor = share_features_extractor
         if share_features_extractor:
@@ -103,8 +99,8 @@ class StochasticActorCritic(Trainable):
             self.vf_features_extractor = features_extractor_class(observation_space, **kwargs)
 
         features_dim = self.features_extractor.features_dim
-        self.policy_net = nn.Sequential(*create_mlp(features_dim, 0, pi_arch, activation_fn))
-        self.value_net = nn.Sequential(*create_mlp(features_dim, 1, vf_arch, activation_fn))
+        self.policy_net = nn.Sequential(*create_mlp(features_dim, 0, pi_arch, activation_fn, layer_norm, dropout))
+        self.value_net = nn.Sequential(*create_mlp(features_dim, 1, vf_arch, activation_fn, layer_norm, dropout))
         pi_features = pi_arch[-1] if pi_arch else features_dim
         if isinstance(action_space, spaces.Discrete):
             self.action_net = nn.Linear(pi_features, int(action_space.n))
@@ -147,11 +143,11 @@ class StochasticActorCritic(Trainable):
         return value, distribution.log_prob(action), distribution.entropy()
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
+    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
         """Actions (n, *action_shape) for observations (n, *obs_shape): the most probable ones, or a draw of each."""
         distribution = self.get_distribution(obs_to_tensor(obs, self.device))
         action = distribution.mode() if deterministic else distribution.sample(generator)
-        return action.cpu().numpy().reshape(len(obs), *(self.action_space.shape or ()))
+        return action.cpu().numpy().reshape(batch_size(obs), *(self.action_space.shape or ()))
 
     def forward(
         self, obs: Tensor, deterministic: bool = False, generator: torch.Generator | None = None
@@ -176,6 +172,7 @@ class Actor(Trainable):
         extractor: The body in front.
         net_arch: Hidden layers.
         activation_fn: After each hidden layer.
+        layer_norm: Whether to normalise before each activation.
         final_init: The last layer's weights and biases are uniform in +-`final_init`; None keeps the fan-in rule.
     """
 
@@ -185,12 +182,13 @@ class Actor(Trainable):
         extractor: BaseFeaturesExtractor,
         net_arch: Sequence[int],
         activation_fn: type[nn.Module],
+        layer_norm: bool,
         final_init: float | None,
     ) -> None:
         super().__init__()
         self.features_extractor = extractor
         action_dim = int(np.prod(action_space.shape or ()))
-        layers = create_mlp(extractor.features_dim, action_dim, net_arch, activation_fn)
+        layers = create_mlp(extractor.features_dim, action_dim, net_arch, activation_fn, layer_norm)
         self.mu = nn.Sequential(*layers, nn.Tanh())
         init_fan_in(self.mu)
         if final_init is not None:
@@ -209,6 +207,8 @@ class QNetwork(nn.Module):
         action_dim: Number of action dimensions.
         net_arch: Hidden layers.
         activation_fn: After each hidden layer.
+        layer_norm: Whether to normalise before each activation.
+        dropout: Share of each hidden layer's units that training leaves out, in [0, 1).
         action_layer: The layer whose input the action joins: 0 is the first, 1 the second (Lillicrap et al. 2015).
         final_init: As for `Actor`.
     """
@@ -219,14 +219,16 @@ class QNetwork(nn.Module):
         action_dim: int,
         net_arch: Sequence[int],
         activation_fn: type[nn.Module],
+        layer_norm: bool,
+        dropout: float,
         action_layer: int,
         final_init: float | None,
     ) -> None:
         super().__init__()
         below, above = net_arch[:action_layer], net_arch[action_layer:]
-        self.state_net = nn.Sequential(*create_mlp(features_dim, 0, below, activation_fn))
+        self.state_net = nn.Sequential(*create_mlp(features_dim, 0, below, activation_fn, layer_norm, dropout))
         joined_dim = (below[-1] if below else features_dim) + action_dim
-        self.q_net = nn.Sequential(*create_mlp(joined_dim, 1, above, activation_fn))
+        self.q_net = nn.Sequential(*create_mlp(joined_dim, 1, above, activation_fn, layer_norm, dropout))
         init_fan_in(self)
         if final_init is not None:
             init_uniform(self.q_net[-1], final_init)  # type: ignore[arg-type]
@@ -269,10 +271,13 @@ class DeterministicActorCritic(nn.Module):
         device: Where the networks live.
         net_arch: Hidden layers; a list for both networks, or ``dict(pi=[...], qf=[...])``.
         activation_fn: After each hidden layer.
+        layer_norm: Whether to normalise before each activation.
+        dropout: Share of each hidden layer's units that training leaves out of the critics, in [0, 1).
         n_critics: How many Q-networks.
         action_layer: Where the action joins the critic: 0 at the input, 1 at the second layer.
         final_init: Last layers' weights and biases are uniform in +-`final_init`; None leaves them to the fan-in rule.
-        features_extractor_class: The body in front of each network.
+        features_extractor_class: The body in front of each network; by default `CombinedExtractor` for Dict and
+            Tuple observations, else `FlattenExtractor`.
         features_extractor_kwargs: Its further arguments.
     """
 
@@ -283,10 +288,12 @@ class DeterministicActorCritic(nn.Module):
         device: torch.device,
         net_arch: NetArch = (256, 256),
         activation_fn: type[nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
         n_critics: int = 2,
         action_layer: int = 0,
         final_init: float | None = None,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -298,25 +305,25 @@ class DeterministicActorCritic(nn.Module):
             raise ValueError(
                 f"action_layer must be from 0 to {len(qf_arch)}, the critic's last layer, not {action_layer}"
             )
-        if n_critics < 1:
-            raise ValueError(f"n_critics must be at least 1, not {n_critics}")
+        require_whole("n_critics", n_critics, 1)
+        require_number("dropout", dropout, minimum=0, below=1)
         action_dim = int(np.prod(action_space.shape or ()))
 
         def extractor() -> BaseFeaturesExtractor:
-            return features_extractor_class(observation_space, **dict(features_extractor_kwargs or {}))
+            make = features_extractor_class or default_extractor(observation_space)
+            return make(observation_space, **dict(features_extractor_kwargs or {}))
 
         def actor() -> Actor:
-            return Actor(action_space, extractor(), pi_arch, activation_fn, final_init)
+            return Actor(action_space, extractor(), pi_arch, activation_fn, layer_norm, final_init)
 
         def critic() -> Critic:
             body = extractor()
-            return Critic(
-                body,
-                [
-                    QNetwork(body.features_dim, action_dim, qf_arch, activation_fn, action_layer, final_init)
-                    for _ in range(n_critics)
-                ],
-            )
+
+            def q_network() -> QNetwork:
+                dim = body.features_dim
+                return QNetwork(dim, action_dim, qf_arch, activation_fn, layer_norm, dropout, action_layer, final_init)
+
+            return Critic(body, [q_network() for _ in range(n_critics)])
 
         self.actor, self.critic = actor(), critic()
         self.actor_target, self.critic_target = actor(), critic()
@@ -328,10 +335,10 @@ class DeterministicActorCritic(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
+    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
         """mu(s) for observations (n, *obs_shape): (n, *action_shape). There is nothing to draw."""
         action = self.actor(obs_to_tensor(obs, self.device))
-        return action.cpu().numpy().reshape(len(obs), *(self.action_space.shape or ()))
+        return action.cpu().numpy().reshape(batch_size(obs), *(self.action_space.shape or ()))
 
     def forward(self, obs: Tensor) -> Tensor:
         """mu(s) for a batch of observations: (B, action_dim)."""
@@ -341,8 +348,3 @@ class DeterministicActorCritic(nn.Module):
         """As `nn.Module.train`, for actor and critic; targets always evaluate."""
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
-
-
-def obs_to_tensor(obs: np.ndarray, device: torch.device) -> Tensor:
-    """The door from NumPy to torch for observations: no copy where none is needed."""
-    return torch.as_tensor(obs, device=device)

@@ -211,9 +211,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     """
     kind = config.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(
-            f"Unknown kind of schedule {kind!r} in {dict(config)!r}: expected one of {sorted(_KINDS)}."
-        )
+        raise ValueError(f"Unknown kind of schedule {kind!r} in {dict(config)!r}: expected one of {sorted(_KINDS)}.")
 
     arguments = {name: value for name, value in config.items() if name != "kind"}
     try:

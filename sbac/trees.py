@@ -20,9 +20,7 @@ def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     if isinstance(tree, Mapping):
         return {key: tree_map(function, branch, *(other[key] for other in others)) for key, branch in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(
-            tree_map(function, branch, *(other[i] for other in others)) for i, branch in enumerate(tree)
-        )
+        return tuple(tree_map(function, branch, *(other[i] for other in others)) for i, branch in enumerate(tree))
     return function(tree, *others)
 
 

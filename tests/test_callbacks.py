@@ -614,7 +614,7 @@ def test_evaluation_is_reproducible_and_the_best_model_can_be_loaded(tmp_path: P
 def test_a_real_model_stops_where_a_callback_says(tmp_path: Path) -> None:
     model = A2C("MlpPolicy", "CartPole-v1", n_envs=2, seed=0)
     model.learn(10_000, callback=StopTrainingOnMaxEpisodes(3))
-    assert model.n_episodes >= 6 > model.n_episodes - 2
+    assert model.episodes.count >= 6 > model.episodes.count - 2
     model.learn(10_000, callback=lambda locals_, globals_: len(locals_["infos"]) == 2 and model.num_timesteps < 40)
     assert model.num_timesteps == 40
     with pytest.raises(ValueError, match="training environment itself"):

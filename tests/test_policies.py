@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution
 from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in
+from sbac.observations import check_observation_space, obs_to_tensor
 from sbac.policies import (
     DeterministicActorCritic,
     StochasticActorCritic,
-    check_observation_space,
     split_net_arch,
 )
 

@@ -1,0 +1,69 @@
+"""What training logs, and when: means of the updates' numbers, episode statistics, speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from sbac.episodes import EpisodeStatistics
+from sbac.logger import Logger
+
+HEARTBEAT = 10_000
+"""Transitions after which a row is due at the latest, so that an episode without end is not silent."""
+
+
+class TrainingLog:
+    """Gathers the numbers of one call of `learn`.
+
+    Args:
+        interval: Counts (rollouts, episodes) between two rows.
+        num_timesteps: Transitions collected when training starts.
+    """
+
+    def __init__(self, interval: int, num_timesteps: int) -> None:
+        self._interval = interval
+        self._start_time = time.perf_counter()
+        self._start_timesteps = num_timesteps
+        self._last_count = 0
+        self._last_timesteps = num_timesteps
+        self._sums: dict[
+            str, tuple[Tensor | float, int]
+        ] = {}  # and of how many updates each: TD3's actor learns in some only
+        self.n_updates = 0  # since the last row
+
+    @property
+    def seconds(self) -> float:
+        """Since training started."""
+        return time.perf_counter() - self._start_time
+
+    def add(self, numbers: Mapping[str, Tensor]) -> None:
+        """Remember the numbers of one update; a row shows their means. They stay on their device until then."""
+        self.n_updates += 1
+        for name, value in numbers.items():
+            mean = value.detach().mean() if value.ndim else value.detach()
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + mean, count + 1)
+
+    def is_due(self, count: int, num_timesteps: int) -> bool:
+        """Whether to write a row, now that there were `count` rollouts or episodes."""
+        return count - self._last_count >= self._interval or num_timesteps - self._last_timesteps >= HEARTBEAT
+
+    def record(self, logger: Logger, count: int, num_timesteps: int, episodes: EpisodeStatistics) -> None:
+        """Hand everything since the last row to the logger, and begin anew."""
+        self._last_count, self._last_timesteps = count, num_timesteps
+        if episodes.infos:
+            logger.record("rollout/ep_rew_mean", float(np.mean([episode["r"] for episode in episodes.infos])))
+            logger.record("rollout/ep_len_mean", float(np.mean([episode["l"] for episode in episodes.infos])))
+        if episodes.successes:
+            logger.record("rollout/success_rate", float(np.mean(episodes.successes)))
+        elapsed = max(self.seconds, 1e-9)
+        logger.record("time/fps", int((num_timesteps - self._start_timesteps) / elapsed))
+        logger.record("time/time_elapsed", round(elapsed, 3))
+        logger.record("time/episodes", episodes.count)
+        logger.record("time/total_timesteps", num_timesteps)
+        for name, (total, count) in self._sums.items():
+            logger.record(f"train/{name}", float(total) / count)
+        self._sums, self.n_updates = {}, 0
