@@ -86,7 +86,7 @@ def load(
     file = read_archive(path, allow_pickle=allow_pickle)
     if file.meta.get("class") != cls.__name__:
         raise ArchiveError(
-            f"{path} holds a {file.meta.get('class')} model, not {cls.__name__}: "
+            f"{path} holds a model of {file.meta.get('class')}, not of {cls.__name__}: "
             f"use {file.meta.get('class')}.load or sbac.load, which finds the class"
         )
     if print_system_info:

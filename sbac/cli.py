@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tomllib
@@ -25,8 +26,8 @@ from sbac.guards import EnvironmentFault, NotFiniteError, require_whole
 from sbac.loading import ALGORITHMS, algorithm, inspect, load
 from sbac.logger import configure
 from sbac.plotting import plot_learning_curve
-from sbac.recipes import load_recipe, read_value
-from sbac.video import write_video
+from sbac.recipes import read_recipe, read_value
+from sbac.video import check_film, write_video
 
 DEFAULT_ALGORITHM, DEFAULT_ENV = "a2c", "CartPole-v1"
 DEFAULT_STEPS = 100_000  # where neither --steps nor a recipe says how long
@@ -44,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # `sbac inspect ... | head`: nobody reads on, and nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ImportError) as error:
         print(f"sbac {options.name}: {error}", file=sys.stderr)
         return 2
@@ -126,9 +131,8 @@ def _train(options: argparse.Namespace) -> int:
 
     folder = _new_folder(options.out, cls.__name__, options.env)
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "none but the defaults"
-    print(
-        f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}\nhyperparameters: {given}\nfolder: {folder}"
-    )
+    print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}")
+    print(f"hyperparameters: {given}\nfolder: {folder}")
     _write_config(folder, model, options.env, steps, arguments)
     model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
 
@@ -166,26 +170,24 @@ def _train(options: argparse.Namespace) -> int:
 
 def _hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
     """From the recipe, overridden by what the command line says."""
-    arguments = {} if options.no_recipe else load_recipe(options.algorithm, options.env)
+    data = {} if options.no_recipe else read_recipe(options.algorithm, options.env)
     if options.n_envs is not None:
-        arguments["n_envs"] = options.n_envs
-    tables: dict[str, dict[str, Any]] = {}
+        data["n_envs"] = options.n_envs
     for assignment in options.set:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, not {assignment!r}")
         table, dot, key = name.strip().partition(".")
-        if dot:
-            tables.setdefault(table, {})[key] = _value(text)
+        if not dot:
+            data[table] = _value(text)
+        elif key == "kind" or not isinstance(data.get(table), dict):
+            data[table] = {key: _value(text)}  # the entries of another kind would mean nothing
         else:
-            arguments[table] = read_value(table, _value(text))
-    for table, entries in tables.items():
-        known = arguments.get(table)
-        arguments[table] = read_value(table, {**(known if isinstance(known, dict) else {}), **entries})
+            data[table] = {**data[table], key: _value(text)}
     for reserved in ("env", "policy", "seed", "device"):
-        if reserved in arguments:
+        if reserved in data:
             raise ValueError(f"--set {reserved}=...: the command line has an argument of its own for this")
-    return arguments
+    return {name: read_value(name, value) for name, value in data.items()}
 
 
 def _value(text: str) -> Any:
@@ -202,9 +204,7 @@ def _value(text: str) -> Any:
 def _new_folder(wanted: Path | None, name: str, env_id: str) -> Path:
     if wanted is not None:
         if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-            raise FileExistsError(
-                f"--out {wanted} exists already; nothing was overwritten: name another folder, or remove it"
-            )
+            raise FileExistsError(f"--out {wanted} exists already and was left as it is: name another, or remove it")
         folder = wanted
     else:
         number = 1
@@ -294,6 +294,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
+    if options.video is not None:
+        check_film(options.video)
     file = _model_file(options.model)
     env_id = _env_of(options, file)
     model = load(file, device=options.device)
@@ -346,7 +348,6 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"  {len(content['arrays'])} arrays, {sum(array['bytes'] for array in content['arrays']):,} bytes")
     for array in content["arrays"]:
         print(f"    {array['name']} {tuple(array['shape'])} {array['dtype']}")
-    print(
-        f"  full checkpoint: {'yes' if content['state'] else 'no'}; Python objects: {'yes' if content['objects'] else 'no'}"
-    )
+    print(f"  full checkpoint: {'yes' if content['state'] else 'no'}")
+    print(f"  Python objects of the user's own: {'yes' if content['objects'] else 'no'}")
     return 0

@@ -69,14 +69,14 @@ def require_number(
     Raises:
         ValueError: Naming the argument, its range and what was received.
     """
-    bounds_of = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    if callable(value):
-        for progress_remaining in (1.0, 0.0):
-            require_number(
-                f"{name} (at {progress_remaining:g} of the progress)", value(progress_remaining), **bounds_of
-            )
+    if not callable(value):
+        require_constant(name, value, minimum=minimum, above=above, maximum=maximum, below=below)
         return
-    require_constant(name, value, **bounds_of)
+    for progress_remaining in (1.0, 0.0):
+        # A schedule may end on a bound that a number must not lie on: a learning rate goes to 0.
+        where = f"{name} with {progress_remaining:g} of the progress remaining"
+        bounds = {"minimum": max(minimum, above), "maximum": min(maximum, below)}
+        require_constant(where, value(progress_remaining), **bounds)
 
 
 def require_constant(

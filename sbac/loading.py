@@ -38,7 +38,7 @@ def load(path: PathLike, *args: Any, **kwargs: Any) -> BaseAlgorithm:
     name = inspect_archive(path)["meta"].get("class")
     if str(name).lower() not in ALGORITHMS:
         known = ", ".join(cls.__name__ for cls in ALGORITHMS.values())
-        raise ArchiveError(f"{path} holds a {name}, which is none of {known}")
+        raise ArchiveError(f"{path} holds a model of {name}, which is none of {known}")
     return algorithm(str(name)).load(path, *args, **kwargs)
 
 

@@ -54,6 +54,10 @@ class ActionNoise(ABC):
         """
         self._chosen(indices)
 
+    def __repr__(self) -> str:
+        arguments = {name: value for name, value in self.to_config().items() if name not in ("kind", "dtype")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """Return the parameters as data that JSON can hold; `noise_from_config` turns them back."""

@@ -8,6 +8,16 @@ from pathlib import Path
 import numpy as np
 
 
+def check_film(path: Path) -> None:
+    """Refuse a name that is not that of a film.
+
+    Raises:
+        ValueError: It ends in neither .gif nor .mp4.
+    """
+    if path.suffix not in (".gif", ".mp4"):
+        raise ValueError(f"a film ends in .gif or .mp4, not {path.name!r}")
+
+
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
     """Write frames as a film.
 
@@ -20,8 +30,7 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
         ValueError: Another ending, or no frames.
         ImportError: The package that writes .mp4 is not installed.
     """
-    if path.suffix not in (".gif", ".mp4"):
-        raise ValueError(f"a film ends in .gif or .mp4, not {path.name!r}")
+    check_film(path)
     if not frames:
         raise ValueError("there are no frames to write")
     path.parent.mkdir(parents=True, exist_ok=True)

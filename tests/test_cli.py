@@ -69,6 +69,7 @@ def test_set_overrides_the_recipe(folder: Path) -> None:
         "--set policy_kwargs.net_arch=[16,8]",
         "--set action_noise.kind=ornstein_uhlenbeck",
         "--set action_noise.sigma=0.4",
+        "--set action_noise.theta=0.3",
         "--set critic_learning_rate=lin_0.01",
         "--set max_grad_norm=none",
     ]
@@ -79,6 +80,7 @@ def test_set_overrides_the_recipe(folder: Path) -> None:
     assert model.policy_kwargs == {"net_arch": [16, 8]}
     assert model.action_noise.to_config()["kind"] == "ornstein_uhlenbeck"
     assert model.action_noise.sigma == 0.4
+    assert model.action_noise.theta == 0.3
     assert model.critic_learning_rate(0.5) == 0.005
     assert model.max_grad_norm is None
     assert model.batch_size == 256  # still the recipe's
@@ -113,10 +115,22 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
+def test_set_changes_one_entry_of_a_recipes_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "train ddpg Pendulum-v1 --steps 5 --out run --eval-episodes 1 --set action_noise.sigma=0.3".split()
+    assert main(words) == 0
+    assert load("run/model.zip").action_noise.to_config() == {
+        "kind": "normal",
+        "mean": 0.0,
+        "sigma": 0.3,
+        "dtype": "float32",
+    }
+    assert "NormalActionNoise(mean=0.0, sigma=0.3)" in capsys.readouterr().out
+
+
 def test_an_existing_folder_is_not_touched(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert main(["train", "--steps", "50", "--out", "run"]) == 2
-    assert "run exists already" in capsys.readouterr().err
+    assert "--out run exists already" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -141,7 +155,7 @@ def test_watch_writes_films(run: Path, capsys: pytest.CaptureFixture[str], monke
     for frame in range(film.n_frames):  # equal neighbours are one frame that lasts longer
         film.seek(frame)
         milliseconds += film.info["duration"]
-    assert milliseconds == 20 * sum(steps + [1, 1])  # CartPole renders 50 frames a second, and each end is shown
+    assert milliseconds == 20 * sum([*steps, 1, 1])  # CartPole renders 50 frames a second, and each end is shown
     assert main(["watch", "run", "--episodes", "1", "--video", "run.mp4"]) == 0
     assert Path("run.mp4").stat().st_size > 1000
     assert main(["watch", "run", "--video", "run.avi"]) == 2

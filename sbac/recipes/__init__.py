@@ -27,11 +27,16 @@ def load_recipe(algorithm: str, env_id: str) -> dict[str, Any]:
     Returns:
         Constructor arguments by name, and ``n_timesteps``; empty where there is no recipe.
     """
+    return {name: read_value(name, value) for name, value in read_recipe(algorithm, env_id).items()}
+
+
+def read_recipe(algorithm: str, env_id: str) -> dict[str, Any]:
+    """As `load_recipe`, but as data: with tables where it has schedules and noises."""
     file = resources.files(__name__) / f"{algorithm.lower()}.toml"
     if not file.is_file():
         return {}
-    recipe = tomllib.loads(file.read_text(encoding="utf-8")).get(env_id, {})
-    return {name: read_value(name, value) for name, value in recipe.items()}
+    recipe: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get(env_id, {})
+    return recipe
 
 
 def read_value(name: str, value: Any) -> Any:
