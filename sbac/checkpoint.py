@@ -265,7 +265,7 @@ def _set_state(model: Any, file: Archive) -> None:
             warnings.warn(
                 f"the replay buffer of the file was collected in {file.config['arguments']['n_envs']} environments and "
                 f"the model now has {model.n_envs}: it was left out, the new one is empty",
-                stacklevel=6,
+                stacklevel=4,
             )
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from sbac import A2C, DDPG
+from sbac import A2C, DDPG, TD3
 from sbac.base import BaseAlgorithm
 
 SMALL: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
     "a2c": (A2C, "CartPole-v1", {"n_steps": 4, "learning_rate": 1e-2}),
     "ddpg": (DDPG, "Pendulum-v1", {"learning_starts": 12, "batch_size": 8, "buffer_size": 500}),
+    "td3": (TD3, "Pendulum-v1", {"learning_starts": 12, "batch_size": 8, "buffer_size": 500}),
 }
 
 

@@ -21,7 +21,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 import sbac
-from sbac import A2C, DDPG, EnvironmentFault, NotFiniteError
+from sbac import A2C, DDPG, TD3, EnvironmentFault, NotFiniteError
 from sbac.base import BaseAlgorithm
 from sbac.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from sbac.logger import configure
@@ -33,6 +33,15 @@ MakeModel = Callable[..., BaseAlgorithm]
 FLOATS = {
     "A2C": ["learning_rate", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm"],
     "DDPG": ["actor_learning_rate", "critic_learning_rate", "gamma", "tau", "max_grad_norm"],
+    "TD3": [
+        "actor_learning_rate",
+        "critic_learning_rate",
+        "gamma",
+        "tau",
+        "max_grad_norm",
+        "target_policy_noise",
+        "target_noise_clip",
+    ],
 }
 
 
@@ -58,7 +67,7 @@ class Task(gymnasium.Env[Any, Any]):
     observation_space = spaces.Box(-1, 1, (3,), np.float32)
 
     def __init__(self, make_model: MakeModel, fault_at: int = 0, fault: Any = None, length: int = 7) -> None:
-        is_box = make_model.cls is DDPG  # type: ignore[attr-defined]
+        is_box = make_model.cls is not A2C  # type: ignore[attr-defined]
         self.action_space = spaces.Box(-2, 2, (1,), np.float32) if is_box else spaces.Discrete(2)
         self.fault_at, self.fault, self.length, self.steps = fault_at, fault, length, 0
 
@@ -192,7 +201,8 @@ def test_numbers_are_logged(make_model, tmp_path):
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     common = {"rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/time_elapsed", "time/total_timesteps"}
     own = {"A2C": {"policy_loss", "value_loss", "entropy_loss", "explained_variance", "learning_rate"}}
-    expected = own.get(type(model).__name__, {"actor_loss", "critic_loss"}) | {"n_updates"}
+    of_critics = {"actor_loss", "critic_loss", "q_mean", "target_mean", "td_error", "updates_per_transition"}
+    expected = own.get(type(model).__name__, of_critics) | {"n_updates"}
     if not model.ep_info_buffer:
         common -= {"rollout/ep_rew_mean", "rollout/ep_len_mean"}
     assert common | {f"train/{name}" for name in expected} <= set(header)
@@ -459,7 +469,7 @@ def test_a_constant_schedule_is_the_number_itself(make_model):
     assert same(plain, scheduled)
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 def test_every_float_may_be_a_schedule(make_model, index):
     names = FLOATS[make_model.cls.__name__]
     name = names[index % len(names)]
@@ -469,11 +479,22 @@ def test_every_float_may_be_a_schedule(make_model, index):
         asked.append(progress_remaining)
         return 0.25 + progress_remaining / 4
 
-    falling = make_model(**{name: schedule}).learn(60)
+    falling = make_model(**{name: schedule})
+    assert {1.0, 0.0} <= set(asked), "checked at both ends before anything is run"
+    asked.clear()
+    falling.learn(60)
     assert asked[-1] == pytest.approx(0.0)
     assert all(0 <= progress <= 1 for progress in asked)
-    assert all(a >= b for a, b in pairwise(asked[1:]))
+    assert all(a >= b for a, b in pairwise(asked))
     assert not same(falling, make_model(**{name: 0.5}).learn(60))
+
+
+def test_a_schedule_that_leaves_its_range_is_refused_at_once(make_model):
+    for name in FLOATS[make_model.cls.__name__]:
+        with pytest.raises(ValueError, match=f"^{name} with 0 of the progress remaining must be .*, not -0.5$"):
+            make_model(**{name: LinearSchedule(0.5, -0.5)})
+        with pytest.raises(ValueError, match=f"^{name} with 1 of the progress remaining must be .*, not nan$"):
+            make_model(**{name: lambda progress: float("nan")})
 
 
 def test_a_learning_rate_that_falls_to_zero(make_model):
@@ -539,11 +560,34 @@ def test_values_out_of_range_are_refused_with_their_name(make_model, arguments, 
         (DDPG, {"gradient_steps": -2}, "gradient_steps .* at least -1"),
         (DDPG, {"weight_decay": -1}, "weight_decay .* at least 0"),
         (DDPG, {"actor_learning_rate": 0}, "actor_learning_rate .* above 0"),
+        (DDPG, {"critic_learning_rate": 0}, "critic_learning_rate .* above 0"),
+        (DDPG, {"train_freq": (0, "episode")}, "train_freq .* at least 1"),
+        (DDPG, {"train_freq": (1, "epoch")}, "'step' or 'episode', not in 'epoch'"),
+        (DDPG, {"n_steps": 0}, "n_steps .* at least 1"),
+        (DDPG, {"target_update_interval": 0}, "target_update_interval .* at least 1"),
+        (DDPG, {"n_critics": 0}, "n_critics .* at least 1"),
+        (DDPG, {"dropout": 1}, "dropout .* below 1"),
+        (DDPG, {"dropout": lambda _: 0.1}, "dropout .* below 1"),
+        (DDPG, {"weight_decay": lambda _: 0.1}, "weight_decay .* at least 0"),
+        (DDPG, {"preset": "stable-baseline"}, "DDPG has no preset .* did you mean 'stable-baselines3'"),
+        (TD3, {"tau": 2}, "tau .* at most 1"),
+        (TD3, {"batch_size": 0}, "batch_size .* at least 1"),
+        (TD3, {"learning_starts": -1}, "learning_starts .* at least 0"),
+        (TD3, {"train_freq": 0}, "train_freq .* at least 1"),
+        (TD3, {"gradient_steps": -2}, "gradient_steps .* at least -1"),
+        (TD3, {"weight_decay": -1}, "weight_decay .* at least 0"),
+        (TD3, {"actor_learning_rate": 0}, "actor_learning_rate .* above 0"),
+        (TD3, {"policy_delay": 0}, "policy_delay .* at least 1"),
+        (TD3, {"target_policy_noise": -0.1}, "target_policy_noise .* at least 0"),
+        (TD3, {"target_noise_clip": -0.1}, "target_noise_clip .* at least 0"),
+        (TD3, {"n_critics": 0}, "n_critics .* at least 1"),
+        (TD3, {"dropout": 1}, "dropout .* below 1"),
+        (TD3, {"preset": "papers"}, "TD3 has no preset 'papers'; did you mean 'paper'"),
     ],
 )
 def test_values_out_of_range_of_one_algorithm(cls, arguments, text):
     with pytest.raises(ValueError, match=text):
-        cls("MlpPolicy", {A2C: "CartPole-v1", DDPG: "Pendulum-v1"}[cls], **arguments)
+        cls("MlpPolicy", {A2C: "CartPole-v1", DDPG: "Pendulum-v1", TD3: "Pendulum-v1"}[cls], **arguments)
 
 
 def test_a_subclass_may_pass_its_arguments_on(make_model):
@@ -617,8 +661,10 @@ def files_touched(run: Callable[[], object], package: str) -> set[str]:
     return touched
 
 
-def test_one_step_and_update_of_ddpg_are_read_in_few_files():
-    model = DDPG("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, seed=0).learn(20)
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_one_step_and_update_are_read_in_few_files(cls):
+    name = cls.__name__
+    model = cls("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, seed=0).learn(20)
 
     def update() -> None:
         model._update(model.replay_buffer.sample(8))
@@ -633,15 +679,17 @@ def test_one_step_and_update_of_ddpg_are_read_in_few_files():
 
     mathematics = files_touched(update, "sbac")
     everything = files_touched(step_and_update, "sbac")
-    print("one DDPG update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
-    # ddpg: the update; base: the present value of a schedule; policies, networks: mu and Q; optimization: gradient
-    # step and soft update; buffers: the batch. A step adds the door to the environment, noise and guards.
-    assert mathematics >= {"ddpg.py", "policies.py", "networks.py", "optimization.py", "buffers.py"}
+    print(f"one {name} update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
+    # ddpg, td3: the update; base: the present value of a schedule; policies, networks: mu and Q; optimization: gradient
+    # step and soft update; buffers, trees: the batch. A step adds the door to the environment, its adapter, the units of
+    # actions, observations on their way to the actor, noise and guards.
+    assert mathematics >= {f"{name.lower()}.py", "policies.py", "networks.py", "optimization.py", "buffers.py"}
     assert len(mathematics) <= 8
-    assert everything - mathematics >= {"envs.py", "noise.py"}
-    assert len(everything) <= 12
+    assert everything - mathematics >= {"envs.py", "adapters.py", "actions.py", "noise.py"}
+    assert len(everything) <= 13
 
-    peer = stable_baselines3.DDPG("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, device="cpu").learn(20)
+    peer = getattr(stable_baselines3, name)("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, device="cpu")
+    peer.learn(20)
     peers = files_touched(lambda: peer.train(gradient_steps=1, batch_size=8), "stable_baselines3")
-    print("one DDPG update of stable-baselines3:", *sorted(peers))
+    print(f"one {name} update of stable-baselines3:", *sorted(peers))
     assert len(mathematics) < len(peers)

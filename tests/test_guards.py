@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sbac.guards import all_finite, first_not_finite, nearest, require_number, require_whole
+from sbac.guards import (
+    all_finite,
+    first_not_finite,
+    nearest,
+    read_train_freq,
+    require_constant,
+    require_number,
+    require_whole,
+)
+from sbac.schedules import CosineSchedule, LinearSchedule
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -75,8 +84,73 @@ def test_open_ends_leave_out_the_bound() -> None:
         require_number("ent_coef", math.nan)
 
 
-def test_schedules_are_left_to_be_checked_as_they_are_used() -> None:
-    require_number("learning_rate", lambda progress: -progress, above=0)
+def test_schedules_are_checked_at_both_ends() -> None:
+    require_number("gamma", LinearSchedule(0.0, 1.0), minimum=0, maximum=1)
+    require_number("gamma", lambda progress: np.float32(progress), minimum=0, maximum=1)
+    asked: list[float] = []
+    require_number("gamma", lambda progress: asked.append(progress) or 0.5, maximum=1)  # type: ignore[func-returns-value]
+    assert sorted(asked) == [0, 1]
+    with pytest.raises(
+        ValueError,
+        match=r"^tau with 1 of the progress remaining must be a finite number at least 0 and at most 1, not 2.0$",
+    ):
+        require_number("tau", LinearSchedule(2, 1), minimum=0, maximum=1)
+    with pytest.raises(ValueError, match=r"^tau with 0 of the progress remaining must be .* at most 1, not 1\.5$"):
+        require_number("tau", LinearSchedule(1, 1.5), minimum=0, maximum=1)
+    for wrong in (math.nan, math.inf, None, "0.5", [0.5], True):
+        with pytest.raises(ValueError, match=r"^tau with 1 of the progress remaining must be a finite number, not "):
+            require_number("tau", lambda _, wrong=wrong: wrong)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(1e-3, 0.0), CosineSchedule(0.0, 1e-3), lambda _: 0.0])
+def test_a_schedule_may_reach_a_bound_that_a_number_must_not_lie_on(schedule: Any) -> None:
+    require_number("learning_rate", schedule, above=0)
+    require_number("share", lambda progress: 1 - schedule(progress), minimum=0, below=1)
+    with pytest.raises(
+        ValueError, match=r"^learning_rate with [01] of the progress remaining .* at least 0, not -1e-09$"
+    ):
+        require_number(
+            "learning_rate", lambda progress: min(schedule(progress), schedule(1 - progress)) - 1e-9, above=0
+        )
+    with pytest.raises(ValueError, match=r"^share with 1 of .* at most 1, not 1\.5"):
+        require_number("share", lambda progress: 1 + progress / 2, below=1)
+    with pytest.raises(ValueError, match="above 0, not 0"):
+        require_number("learning_rate", 0.0, above=0)
+
+
+def test_where_a_constant_is_needed_schedules_are_refused() -> None:
+    require_constant("dropout", 0.0, minimum=0, below=1)
+    for schedule in (LinearSchedule(0.5, 0.1), lambda _: 0.1):
+        with pytest.raises(
+            ValueError, match=r"^dropout must be a finite number at least 0 and below 1, not "
+        ) as caught:
+            require_constant("dropout", schedule, minimum=0, below=1)
+        assert str(caught.value).endswith(repr(schedule))
+    with pytest.raises(ValueError, match=r"below 1, not 1$"):
+        require_constant("dropout", 1, minimum=0, below=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [(1, (1, "step")), (4.0, (4, "step")), ((3, "step"), (3, "step")), ([2, "episode"], (2, "episode"))],
+)
+def test_how_often_to_learn(given: Any, read: tuple[int, str]) -> None:
+    assert read_train_freq(given) == read
+    assert type(read_train_freq(given)[0]) is int
+
+
+@pytest.mark.parametrize(
+    "wrong", [0, -1, 1.5, "1", None, (0, "step"), (1.5, "episode"), (1, "step", 2), ("step", "step")]
+)
+def test_wrong_numbers_of_how_often_to_learn_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"^train_freq must be a whole number, at least 1, not "):
+        read_train_freq(wrong)
+
+
+@pytest.mark.parametrize("wrong", [(1, "epoch"), (1, 1), ["episode", 1], (1, ["step"])])
+def test_wrong_units_of_how_often_to_learn_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"^train_freq counts in 'step' or 'episode', not in "):
+        read_train_freq(wrong)
 
 
 @pytest.mark.parametrize(("value", "whole"), [(3, 3), (1e5, 100_000), (np.int64(7), 7), (np.float32(2), 2)])

@@ -245,8 +245,14 @@ def test_net_arch_of_other_things_than_whole_numbers_is_refused(wrong: Any) -> N
 def test_observations_that_no_policy_can_read_are_refused() -> None:
     for space, _ in OBSERVATIONS.values():
         check_observation_space(space, "A2C")
-    with pytest.raises(ValueError, match=r"A2C reads Box and Discrete observations, not Dict.*FlattenObservation"):
-        check_observation_space(spaces.Dict({"a": BOX}), "A2C")
+    both = {"a": BOX, "b": spaces.Discrete(3)}
+    check_observation_space(spaces.Dict({**both, "c": spaces.Tuple([BOX, spaces.Dict(both)])}), "A2C")
+    refused = r"A2C reads Box and Discrete observations, and Dict and Tuple of them, not "
+    with pytest.raises(ValueError, match=refused + r"MultiBinary\(3\); .*FlattenObservation"):
+        check_observation_space(spaces.MultiBinary(3), "A2C")
+    inner = spaces.Tuple([BOX, spaces.MultiDiscrete([2, 3])])
+    with pytest.raises(ValueError, match=refused + r"MultiDiscrete\(\[2 3\]\) \(at 'b/1' in Dict\('a'"):
+        check_observation_space(spaces.Dict({"a": BOX, "b": inner}), "A2C")
 
 
 # mu(s) and Q(s, a).
@@ -364,7 +370,7 @@ def test_wrong_arguments_are_refused() -> None:
     for wrong in (-1, 3):
         with pytest.raises(ValueError, match=rf"action_layer must be from 0 to 2, .*, not {wrong}"):
             ddpg_policy(action_layer=wrong)
-    with pytest.raises(ValueError, match="n_critics must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="n_critics must be a whole number, at least 1, not 0"):
         ddpg_policy(n_critics=0)
     with pytest.raises(ValueError, match="net_arch needs the keys 'pi' and 'qf'"):
         ddpg_policy(net_arch={"pi": [4], "vf": [4]})
