@@ -16,6 +16,25 @@ from torch import Tensor, nn
 from sbac.guards import NotFiniteError
 
 
+# Layers that do the same in training and in evaluation. Any other, and any of a user's own, counts as one that may not.
+_MODELESS = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.LayerNorm,
+    nn.Flatten,
+    nn.Identity,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+)
+
+
 class Trainable(nn.Module):
     """A module whose trainable parameters are views of one flat tensor.
 
@@ -44,6 +63,11 @@ class Trainable(nn.Module):
             leaf.data = flat.detach()[start:stop].view_as(leaf)
             leaf.grad = flat.grad[start:stop].view_as(leaf)
             start = stop
+        self._has_modes = any(
+            type(module) not in _MODELESS and not type(module).__module__.startswith("sbac.")
+            for module in self.modules()
+        )
+        self._buffer_list = list(self.buffers())
         # Not registered as a parameter of the module: it would appear twice in its state.
         object.__setattr__(self, "flat", flat)
 
@@ -60,8 +84,8 @@ class Trainable(nn.Module):
             group["lr"] = learning_rate
 
     def set_training_mode(self, mode: bool) -> None:
-        """As `nn.Module.train`, but free where nothing changes."""
-        if self.training is not mode:
+        """As `nn.Module.train`, but only for networks with layers to which the mode matters."""
+        if self._has_modes and self.training is not mode:
             self.train(mode)
 
     def descend(self, loss: Tensor, max_grad_norm: float | None = None) -> Tensor:
@@ -100,7 +124,7 @@ class Trainable(nn.Module):
         Buffers that are no parameters (running statistics of normalisation layers) are copied.
         """
         self.flat.data.lerp_(source.flat.data, tau)
-        for own, other in zip(self.buffers(), source.buffers(), strict=True):
+        for own, other in zip(self._buffer_list, source._buffer_list, strict=True):
             own.copy_(other)
 
 
