@@ -227,7 +227,7 @@ class ReplayBuffer:
         n_steps: Over how many steps a transition spans, at least 1; fewer where its episode ends or is not over yet.
 
     Raises:
-        MemoryError: The buffer would be larger than the memory that is free. The message says how large.
+        MemoryError: The buffer would be larger than the memory of this machine. The message says how large.
     """
 
     def __init__(
@@ -406,22 +406,23 @@ class ReplayBuffer:
         own = self._arrays()
         n_held = len(state["reward"])
         require_fit(self, own, state, n_held)
+        pos, after_index = int(state["pos"]), state["after_index"]
+        newest = _tree_like(self.obs, state, "newest") if n_held else None
+        after = _tree_like(self.obs, state, "after") if len(after_index) else None
         self.reset()
-        was_full = n_held == self.n_rows
+        self.full = n_held == self.n_rows
         # The ring of a smaller buffer may begin anywhere: laid out from its oldest row, the first to be overwritten.
-        shift = 0 if was_full or n_held == 0 else int(state["pos"]) % n_held
+        shift = 0 if self.full or n_held == 0 else pos % n_held
         places = (np.arange(n_held) - shift) % max(n_held, 1)
         for name, array in own.items():
             array[places] = state[name]
-        self.full = was_full
-        self.pos = int(state["pos"]) if was_full else n_held
+        self.pos = pos % self.n_rows if self.full else n_held
         self._n_empty = int(np.count_nonzero(self.flags & EMPTY))
-        if n_held:
-            self._newest = tree_map(np.array, _tree_like(self.obs, state, "newest"))
-        for k, index in enumerate(state["after_index"]):
+        self._newest = copy_tree(newest) if n_held else None
+        for k, index in enumerate(after_index):
             row, environment = divmod(int(index), self.n_envs)
             key = int(places[row]) * self.n_envs + environment
-            self._successor_of[key] = copy_tree(rows(_tree_like(self.obs, state, "after"), k))
+            self._successor_of[key] = copy_tree(rows(after, k))
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**dict(leaves(self.obs, "obs")), "action": self.action, "reward": self.reward, "flags": self.flags}
