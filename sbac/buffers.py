@@ -240,6 +240,8 @@ class ReplayBuffer:
         generator: np.random.Generator | None = None,
         n_steps: int = 1,
     ) -> None:
+        self.observation_space = observation_space
+        self.action_space = action_space
         self.n_envs = n_envs
         self.device = torch.device(device)
         self.generator = generator if generator is not None else np.random.default_rng()
