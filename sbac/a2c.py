@@ -28,21 +28,24 @@ from sbac.schedules import FloatOrSchedule
 class A2C(BaseAlgorithm):
     """Advantage Actor-Critic. With `n_steps=1` it is the one-step actor-critic.
 
-    Any float may also be a schedule (`sbac.schedules`), a function of the progress that remains.
+    Where it says (s), a schedule (`sbac.schedules`) or a function of the remaining progress may stand for the number.
 
     Args:
-        policy: "MlpPolicy", or a policy class.
+        policy: "MlpPolicy", "MultiInputPolicy" for Dict and Tuple observations, or a policy class.
         env: An id, an environment, a factory or a list of them, or a vector environment.
-        learning_rate: Step size of the optimizer, above 0.
+        learning_rate: Step size of the optimizer, above 0 (s).
         n_steps: Steps of each environment between two updates (t_max), at least 1.
-        gamma: Discount factor, in [0, 1].
-        gae_lambda: In [0, 1]. 1 gives n-step returns as in the paper, 0 the one-step TD estimate.
-        ent_coef: Weight of the entropy bonus (beta), at least 0.
-        vf_coef: Weight of the value loss, at least 0.
-        max_grad_norm: Gradients are scaled down to this norm, above 0; None leaves them.
+        gamma: Discount factor, in [0, 1] (s).
+        gae_lambda: In [0, 1] (s). 1 gives n-step returns as in the paper, 0 the one-step TD estimate.
+        ent_coef: Weight of the entropy bonus (beta), at least 0 (s).
+        vf_coef: Weight of the value loss, at least 0 (s).
+        max_grad_norm: Gradients are scaled down to this norm, above 0 (s); None leaves them.
         rms_prop_eps: Epsilon of RMSprop.
         use_rms_prop: RMSprop as in the paper; False takes Adam. `policy_kwargs` with ``optimizer_class`` overrides.
         normalize_advantage: Scale the advantages of each update to mean 0 and deviation 1.
+        weight_decay: L2 penalty on the weights, at least 0.
+        layer_norm: Whether to normalise before each activation.
+        dropout: Share of the hidden units that each update leaves out, in [0, 1).
         n_envs: How many environments to make from an id or a factory.
         rollout_buffer_class: In place of `RolloutBuffer`.
         rollout_buffer_kwargs: Its further arguments.
@@ -54,7 +57,10 @@ class A2C(BaseAlgorithm):
         device: "cpu", "cuda", ... or "auto".
     """
 
-    policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {"MlpPolicy": StochasticActorCritic}
+    policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "MlpPolicy": StochasticActorCritic,
+        "MultiInputPolicy": StochasticActorCritic,
+    }
     policy: StochasticActorCritic
 
     def __init__(
@@ -71,6 +77,9 @@ class A2C(BaseAlgorithm):
         rms_prop_eps: float = 1e-5,
         use_rms_prop: bool = True,
         normalize_advantage: bool = False,
+        weight_decay: float = 0.0,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
         n_envs: int = 1,
         rollout_buffer_class: type[RolloutBuffer] = RolloutBuffer,
         rollout_buffer_kwargs: Mapping[str, Any] | None = None,
@@ -90,6 +99,8 @@ class A2C(BaseAlgorithm):
         if max_grad_norm is not None:
             require_number("max_grad_norm", max_grad_norm, above=0)
         require_constant("rms_prop_eps", rms_prop_eps, above=0)
+        require_constant("weight_decay", weight_decay, minimum=0)
+        require_constant("dropout", dropout, minimum=0, below=1)
         self.learning_rate = learning_rate
         self.gamma = gamma
         self.gae_lambda = gae_lambda
@@ -99,17 +110,24 @@ class A2C(BaseAlgorithm):
         self.rms_prop_eps = rms_prop_eps
         self.use_rms_prop = use_rms_prop
         self.normalize_advantage = normalize_advantage
+        self.weight_decay = weight_decay
+        self.layer_norm = layer_norm
+        self.dropout = dropout
         self.rollout_buffer_class = rollout_buffer_class
         self.rollout_buffer_kwargs = dict(rollout_buffer_kwargs or {})
         super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
 
-        network_kwargs = dict(self.policy_kwargs)
+        network_kwargs: dict[str, Any] = dict(self.policy_kwargs)
+        if layer_norm or dropout:
+            network_kwargs = {"layer_norm": layer_norm, "dropout": dropout, **network_kwargs}
         optimizer_class = network_kwargs.pop("optimizer_class", None)
         optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
         if optimizer_class is None:
             rms_prop_kwargs = {"alpha": 0.99, "eps": rms_prop_eps}
             optimizer_class = torch.optim.RMSprop if use_rms_prop else torch.optim.Adam
             optimizer_kwargs = {**(rms_prop_kwargs if use_rms_prop else {"eps": 1e-5}), **optimizer_kwargs}
+        if weight_decay:
+            optimizer_kwargs = {"weight_decay": weight_decay, **optimizer_kwargs}
         self.policy = self._make_policy(**network_kwargs)
         self.policy.set_optimizer(optimizer_class, self._now(learning_rate), **optimizer_kwargs)
         self.rollout_buffer = rollout_buffer_class(
@@ -158,7 +176,8 @@ class A2C(BaseAlgorithm):
                 self.policy.set_training_mode(True)
                 self.policy.set_learning_rate(self._now(self.learning_rate))
                 if self.rollout_buffer.size() > 0:
-                    self._log(self._update(self.rollout_buffer.get()))
+                    with self._own_randomness():
+                        self._log(self._update(self.rollout_buffer.get()))
                 self.rollout_buffer.reset()
                 self._n_rollouts += 1
                 self._dump_if_due(self._n_rollouts)

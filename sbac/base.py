@@ -7,7 +7,6 @@ algorithm is stands in its own file.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from sbac import checkpoint
 from sbac.actions import ActionCodec
 from sbac.adapters import Step
 from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
-from sbac.construction import Constructed, LoadsEitherWay
+from sbac.construction import Constructed, LoadsEitherWay, argument_names
 from sbac.envs import EnvironmentLike, Environments, Spaces, make_environments
 from sbac.episodes import EpisodeStatistics
 from sbac.guards import nearest, require_whole
@@ -171,7 +170,7 @@ class BaseAlgorithm(metaclass=Constructed):
 
     def _make_policy(self, **kwargs: Any) -> Any:
         """Build the policy with its own random numbers, and name what `policy_kwargs` gets wrong."""
-        known = list(inspect.signature(self.policy_class).parameters)
+        known = argument_names(self.policy_class)
         for name in kwargs:
             if name not in known:
                 raise ValueError(
