@@ -246,5 +246,5 @@ def _require_within(name: str, array: np.ndarray, low: Any, high: Any) -> None:
         row = int(np.argmax(outside))
         raise ValueError(
             f"demonstrations: {name} must lie within {low} and {high}, but row {row} is {array[row]} "
-            f"({np.count_nonzero(outside)} of {len(array)} rows do not): bounds and numbers are in the environment's own units"
+            f"({np.count_nonzero(outside)} of {len(array)} rows do not), in the environment's own units"
         )

@@ -151,6 +151,31 @@ def test_returns_over_several_steps_stay_within_episodes(successors: bool, n_env
         np.testing.assert_array_equal(steps, np.minimum(3, last[episode.astype(int)] - t))
 
 
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("form", ["dataset", "successors", "no successors"])
+def test_observations_that_are_alike_do_not_join_episodes(form: str, n_envs: int) -> None:
+    """Neither at an end that no flag tells, nor with the empty rows that fill up a column."""
+    arrays = {name: array[:11] for name, array in recorded(successors=form == "successors").items()}
+    for name in ("observations", "next_observations"):
+        if name in arrays:
+            arrays[name] = np.zeros_like(arrays[name])
+    source: Any = arrays
+    if form == "dataset":
+        source = as_dataset(recorded())
+        for episode in source.episodes:
+            episode.observations = np.zeros_like(episode.observations)
+            episode.truncations = np.zeros_like(episode.truncations)
+    buffer = empty(n_envs=n_envs, n_steps=3)
+    load_demonstrations(buffer, source)
+    batch = buffer.sample(500, gamma=0.5)
+    episode, t = batch.action[:, 0].numpy() * 2 + 1, (batch.action[:, 1].numpy() + 1) * 5
+    steps = np.log2(1 / batch.discount.numpy()).astype(int)
+    assert set(steps) == {1, 2, 3}
+    by_hand = sum((steps > k) * 0.5**k * (100 * episode + t + k) for k in range(3))
+    np.testing.assert_allclose(batch.reward, by_hand, atol=1e-4)
+    assert (t + steps <= np.array(LENGTHS)[episode.round().astype(int)] + 1e-4).all()
+
+
 def test_rows_need_not_follow_each_other_where_successors_are_given() -> None:
     shuffled = np.random.default_rng(0).permutation(13)
     buffer = empty(n_envs=2)
