@@ -77,7 +77,8 @@ class DDPG(BaseAlgorithm):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "notes": {},
         "stable-baselines3": {
-            "learning_rate": 1e-3,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
             "buffer_size": 1_000_000,
             "learning_starts": 100,
             "batch_size": 256,

@@ -77,7 +77,8 @@ class TD3(BaseAlgorithm):
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
-            "learning_rate": 1e-3,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
             "batch_size": 100,
             "policy_kwargs": {"net_arch": (400, 300)},
         },

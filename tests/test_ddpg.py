@@ -1,4 +1,4 @@
-"""DDPG's gradient step, against stable-baselines3 and its formulas written out, and its loop."""
+"""DDPG's gradient step, against stable-baselines3 and its formulas written out, and the loop, which TD3 shares."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
 
-from sbac import DDPG
+from sbac import DDPG, TD3
 from sbac.buffers import ReplayBatch
 from sbac.envs import Spaces
-from sbac.noise import NormalActionNoise
+from sbac.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 
 KNOWN = Spaces(spaces.Box(-2, 2, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32), 1)
 SMALL = {"policy_kwargs": {"net_arch": [8, 8]}, "batch_size": 4}
 
 
-def make_batch(seed: int, size: int = 16) -> ReplayBatch:
-    """Random transitions, a third of them terminations, with rewards that move the critic either way."""
+def make_batch(seed: int, size: int = 16, gamma: float = 0.9) -> ReplayBatch:
+    """Random transitions over one to three steps, a third of them terminations, of unequal weights."""
     rng = np.random.default_rng(seed)
 
     def tensor(array: Any) -> Tensor:
@@ -38,6 +38,9 @@ def make_batch(seed: int, size: int = 16) -> ReplayBatch:
         reward=tensor(rng.normal(size=size)),
         terminated=tensor(rng.random(size) < 1 / 3),
         successor=tensor(rng.uniform(-2, 2, (size, 3))),
+        discount=tensor(gamma ** rng.integers(1, 4, size)),
+        weight=tensor(rng.uniform(0.2, 1.8, size)),
+        rows=np.arange(size),
     )
 
 
@@ -64,7 +67,7 @@ def in_peers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_gradient_steps_equal_those_of_stable_baselines3():
-    arguments: dict[str, Any] = {"learning_rate": 1e-3, "gamma": 0.95, "tau": 0.05, "seed": 1, "device": "cpu"}
+    arguments: dict[str, Any] = {"learning_rate": 1e-3, "tau": 0.05, "seed": 1, "device": "cpu"}
     arch = {"net_arch": {"pi": [32, 16], "qf": [24, 16]}}
     model = DDPG("MlpPolicy", KNOWN, policy_kwargs={**arch, "action_layer": 0, "final_init": None}, **arguments)
     peer = stable_baselines3.DDPG("MlpPolicy", Idle(), policy_kwargs=arch, **arguments)
@@ -72,11 +75,16 @@ def test_gradient_steps_equal_those_of_stable_baselines3():
     peer.policy.load_state_dict(in_peers_names(weights(model)))
 
     for seed in range(5):
-        batch = make_batch(seed)
+        batch = make_batch(seed)._replace(weight=torch.ones(16))
         before = weights(model)
         model._update(batch)
         given = ReplayBufferSamples(
-            batch.obs, batch.action, batch.successor, batch.terminated[:, None], batch.reward[:, None]
+            batch.obs,
+            batch.action,
+            batch.successor,
+            batch.terminated[:, None],
+            batch.reward[:, None],
+            batch.discount[:, None],
         )
         peer.replay_buffer.sample = lambda *_, given=given, **__: given
         peer.train(gradient_steps=1, batch_size=16)
@@ -85,18 +93,6 @@ def test_gradient_steps_equal_those_of_stable_baselines3():
         assert difference(in_peers_names(new), peer.policy.state_dict()) < 1e-6
         for network in ("actor.", "critic.", "actor_target.", "critic_target."):
             assert difference(new, before, network) > 1e-6
-
-
-@pytest.mark.parametrize(
-    ("train_freq", "gradient_steps", "n_envs"),
-    [(1, 1, 1), (4, 2, 1), (4, -1, 1), (1, -1, 4), (1, 1, 4), (3, -1, 2), (2, 3, 2), (1, 0, 1)],
-)
-def test_as_many_gradient_steps_as_stable_baselines3(train_freq, gradient_steps, n_envs):
-    arguments = {"train_freq": train_freq, "gradient_steps": gradient_steps, "learning_starts": 24, **SMALL}
-    model = DDPG("MlpPolicy", "Pendulum-v1", n_envs=n_envs, **arguments).learn(72)
-    peers_env = make_vec_env("Pendulum-v1", n_envs)
-    peer = stable_baselines3.DDPG("MlpPolicy", peers_env, device="cpu", **arguments).learn(72)
-    assert (model.num_timesteps, model.n_updates) == (peer.num_timesteps, peer._n_updates)
 
 
 # Against the formulas.
@@ -110,7 +106,7 @@ class ByHand:
         wrong: What to get wrong, if anything.
     """
 
-    GAMMA, TAU, ACTOR_RATE, CRITIC_RATE = 0.9, 0.1, 1e-3, 5e-3
+    TAU, ACTOR_RATE, CRITIC_RATE = 0.1, 1e-3, 5e-3
 
     def __init__(self, state: dict[str, Tensor], wrong: str = "", weight_decay: float = 0.0) -> None:
         self.state = {name: tensor.clone() for name, tensor in state.items()}
@@ -139,12 +135,14 @@ class ByHand:
         online = "" if self.wrong == "no target networks" else "_target"
         next_q = self.q(f"critic{online}", batch.successor, self.mu(f"actor{online}", batch.successor))
         goes_on = 1.0 if self.wrong == "bootstrap at termination" else 1 - batch.terminated
-        target = (batch.reward + self.GAMMA * goes_on * next_q).detach()
+        discount = 0.9 if self.wrong == "gamma for its power" else batch.discount
+        target = (batch.reward + discount * goes_on * next_q).detach()
+        weight = 1.0 if self.wrong == "no weights" else batch.weight
         if self.wrong == "actor first":
             self.update_actor(batch)
         self.descend(
             "critic.",
-            lambda: ((self.q("critic", batch.obs, batch.action) - target) ** 2).mean(),
+            lambda: (weight * (self.q("critic", batch.obs, batch.action) - target) ** 2).mean(),
             self.CRITIC_RATE,
             self.weight_decay,
         )
@@ -191,7 +189,6 @@ def make_default(**overrides: Any) -> DDPG:
     return DDPG(
         "MlpPolicy",
         KNOWN,
-        gamma=ByHand.GAMMA,
         tau=ByHand.TAU,
         actor_learning_rate=ByHand.ACTOR_RATE,
         critic_learning_rate=ByHand.CRITIC_RATE,
@@ -229,12 +226,35 @@ def test_gradient_steps_by_hand(weight_decay):
         "actor first",
         "descend Q",
         "decay the actor",
+        "gamma for its power",
+        "no weights",
     ],
 )
 def test_wrong_gradient_steps_are_told_apart(wrong):
     model = make_default(weight_decay=0.01)
     expected = updated_by_hand(weights(model), weight_decay=0.01, wrong=wrong)
     assert difference(updated(model), expected) > 1e-4
+
+
+def test_what_an_update_returns():
+    model, batch = make_default(), make_batch(0)
+    by_hand = ByHand(weights(model))
+    with torch.no_grad():
+        next_q = by_hand.q("critic_target", batch.successor, by_hand.mu("actor_target", batch.successor))
+        target = batch.reward + batch.discount * (1 - batch.terminated) * next_q
+        q = by_hand.q("critic", batch.obs, batch.action)
+    numbers = model._update(batch)
+    assert numbers.keys() == {"critic_loss", "actor_loss", "q_mean", "target_mean", "td_error"}
+    torch.testing.assert_close(numbers["td_error"], (q - target).abs())
+    torch.testing.assert_close(numbers["q_mean"], q.mean())
+    torch.testing.assert_close(numbers["target_mean"], target.mean())
+    torch.testing.assert_close(numbers["critic_loss"].detach(), (batch.weight * (q - target) ** 2).mean())
+    # The actor's loss is that of the critic after its step.
+    by_hand.update(batch)
+    before = ByHand({**by_hand.state, **{name: t for name, t in weights(make_default()).items() if "actor." in name}})
+    assert numbers["actor_loss"].item() == pytest.approx(
+        -before.q("critic", batch.obs, before.mu("actor", batch.obs)).mean().item(), abs=1e-5
+    )
 
 
 def test_default_network_is_that_of_the_paper():
@@ -297,7 +317,12 @@ def test_gradient_norms_are_limited_in_each_network():
         assert float(sum(moved)) ** 0.5 == pytest.approx(rate * 1e-3, rel=2e-2)
 
 
-# The loop.
+# The loop, the same for both.
+
+
+@pytest.fixture(params=[DDPG, TD3])
+def cls(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
 class Cycle(gymnasium.Env[Any, Any]):
@@ -323,60 +348,102 @@ class Cycle(gymnasium.Env[Any, Any]):
 
 
 @pytest.mark.parametrize("n_envs", [1, 4, 7])
-def test_one_gradient_step_for_each_transition_after_learning_starts(n_envs):
-    model = DDPG("MlpPolicy", "Pendulum-v1", n_envs=n_envs, learning_starts=28, seed=0, **SMALL)
+def test_one_gradient_step_for_each_transition_after_learning_starts(cls, n_envs):
+    model = cls("MlpPolicy", "Pendulum-v1", n_envs=n_envs, learning_starts=28, seed=0, **SMALL)
     model.learn(84)
     assert model.num_timesteps == 84
     assert model.n_updates == 84 - 28
+    # And after another run, without a beginning of random actions.
+    model.learn(84)
+    assert model.n_updates == 2 * 84 - 28
 
 
-def test_empty_reset_steps_are_not_counted_as_transitions():
+def test_empty_reset_steps_are_not_counted_as_transitions(cls):
     env = gymnasium.vector.SyncVectorEnv([lambda: Cycle(3), lambda: Cycle(5)])
     assert env.metadata["autoreset_mode"] is gymnasium.vector.AutoresetMode.NEXT_STEP
-    model = DDPG("MlpPolicy", env, learning_starts=0, seed=0, **SMALL).learn(60)
+    model = cls("MlpPolicy", env, learning_starts=0, seed=0, **SMALL).learn(60)
     # Of four steps environment 0 wastes one, of six environment 1: 12 steps give 9 + 10 transitions.
     assert 60 <= model.num_timesteps <= 61
     assert model.n_updates == model.num_timesteps == model.replay_buffer.size()
 
 
+@pytest.mark.parametrize(
+    ("train_freq", "gradient_steps", "n_envs"),
+    [
+        (1, 1, 1),
+        (4, 2, 1),
+        (4, -1, 1),
+        ((4, "step"), 3, 1),
+        (1, -1, 4),
+        (1, 1, 4),
+        (3, -1, 2),
+        ((2, "step"), 3, 2),
+        (1, 0, 1),
+        ((1, "episode"), 2, 1),
+        ((2, "episode"), 3, 1),
+        ((2, "episode"), -1, 1),
+    ],
+)
+def test_as_many_gradient_steps_as_stable_baselines3(cls, train_freq, gradient_steps, n_envs):
+    arguments = {"train_freq": train_freq, "gradient_steps": gradient_steps, "learning_starts": 24, **SMALL}
+    model = cls("MlpPolicy", lambda: Cycle(6), n_envs=n_envs, **arguments).learn(72)
+    peers_env = make_vec_env(lambda: Cycle(6), n_envs)
+    peer = getattr(stable_baselines3, cls.__name__)("MlpPolicy", peers_env, device="cpu", **arguments).learn(72)
+    assert (model.num_timesteps, model.n_updates) == (peer.num_timesteps, peer._n_updates)
+    assert model.n_updates > 0 or gradient_steps == 0
+
+
+def test_learning_every_second_episode_of_several_environments(cls):
+    """Episodes of 3 and 5 steps end at steps 3, 5 | 6, 9 | 10, 12 | 15 and 15."""
+    envs = [lambda: Cycle(3), lambda: Cycle(5, truncates=True)]
+    model = cls("MlpPolicy", envs, learning_starts=0, train_freq=(2, "episode"), seed=0, **SMALL)
+    trained, train = [], model.train
+    model.train = lambda n: (trained.append((model.num_timesteps // 2, n)), train(n))  # type: ignore[method-assign]
+    model.learn(32)
+    assert trained == [(5, 10), (9, 8), (12, 6), (15, 6)]
+    assert model.n_updates == 30
+
+
 @pytest.mark.parametrize("buffer_size", [30, 31, 1000])
-def test_learning_starts_also_with_a_buffer_that_it_fills(buffer_size):
-    model = DDPG("MlpPolicy", "Pendulum-v1", learning_starts=30, buffer_size=buffer_size, seed=0, **SMALL)
+def test_learning_starts_also_with_a_buffer_that_it_fills(cls, buffer_size):
+    model = cls("MlpPolicy", "Pendulum-v1", learning_starts=30, buffer_size=buffer_size, seed=0, **SMALL)
     model.learn(60)
     assert 30 <= model.n_updates <= 31
 
 
-def test_a_buffer_that_can_never_be_filled_enough_is_refused():
+def test_a_buffer_that_can_never_be_filled_enough_is_refused(cls):
     with pytest.raises(ValueError, match=r"buffer_size=50 .* 100 transitions"):
-        DDPG("MlpPolicy", KNOWN, buffer_size=50, learning_starts=100, batch_size=8)
+        cls("MlpPolicy", KNOWN, buffer_size=50, learning_starts=100, batch_size=8)
 
 
-def test_train_learns_without_acting():
-    model = DDPG("MlpPolicy", "Pendulum-v1", learning_starts=20, seed=0, **SMALL).learn(20)
+def test_train_learns_without_acting(cls):
+    model = cls("MlpPolicy", "Pendulum-v1", learning_starts=20, seed=0, **SMALL).learn(20)
     before = weights(model)
     model.train(gradient_steps=3)
     assert (model.n_updates, model.num_timesteps) == (3, 20)
     assert difference(weights(model), before) > 0
 
 
-def test_what_is_stored_is_what_happened():
+def test_what_is_stored_is_what_happened(cls):
     """Time limits are no terminations, successors are true, and actions are in the units of the algorithm."""
     envs = [Cycle(3), Cycle(4, truncates=True)]
-    model = DDPG("MlpPolicy", [lambda: envs[0], lambda: envs[1]], learning_starts=100, seed=0, **SMALL).learn(24)
-    buffer = model.replay_buffer
-    step_of_0, step_of_1 = np.arange(12) % 3, np.arange(12) % 4
-    obs, successor = np.zeros((24, 2)), np.zeros((24, 2))
-    obs[0::2], obs[1::2] = step_of_0[:, None] / 100, step_of_1[:, None] / 100
-    successor[0::2], successor[1::2] = (step_of_0[:, None] + 1) / 100, (step_of_1[:, None] + 1) / 100
-    assert buffer.obs[:24] == pytest.approx(obs)
-    assert buffer.successor[:24] == pytest.approx(successor)
-    assert np.flatnonzero(buffer.terminated[:24]).tolist() == [4, 10, 16, 22], "environment 0 only"
-    native = np.stack([np.array(env.actions) for env in envs], axis=1).reshape(24, 2)
-    assert native == pytest.approx(-1 + 2 * buffer.action[:24], abs=1e-6)
+    model = cls("MlpPolicy", [lambda: envs[0], lambda: envs[1]], learning_starts=100, seed=0, **SMALL).learn(24)
+    batch = model.replay_buffer.sample(1_000)
+    assert set(batch.rows) == set(range(24))
+    row, env = np.divmod(batch.rows, 2)
+    step = np.where(env == 0, row % 3, row % 4)
+    for own, expected in ((batch.obs, step / 100), (batch.successor, (step + 1) / 100)):
+        assert own.numpy() == pytest.approx(np.stack([expected, expected], axis=1))
+    ended = step == np.where(env == 0, 2, 3)
+    assert (batch.terminated.numpy() == (ended & (env == 0))).all(), "environment 0 only"
+    native = np.stack([np.array(env.actions) for env in envs], axis=1)[row, env]
+    assert native == pytest.approx(-1 + 2 * batch.action.numpy(), abs=1e-6)
 
 
-def test_noise_begins_anew_where_an_episode_ends_and_only_there():
-    model = DDPG("MlpPolicy", [lambda: Cycle(3), lambda: Cycle(5, truncates=True)], learning_starts=4, seed=0, **SMALL)
+def test_noise_begins_anew_where_an_episode_ends_and_only_there(cls):
+    envs = [lambda: Cycle(3), lambda: Cycle(5, truncates=True)]
+    noise = OrnsteinUhlenbeckActionNoise(0.0, 0.2)
+    model = cls("MlpPolicy", envs, learning_starts=4, action_noise=noise, seed=0, **SMALL)
     seen = []
 
     def record(locals_: dict[str, Any], _: Any) -> None:
@@ -400,8 +467,9 @@ def test_noise_begins_anew_where_an_episode_ends_and_only_there():
     assert not at_start[0].any()
 
 
-def test_first_actions_are_uniform_and_later_ones_are_the_policys():
-    model = DDPG("MlpPolicy", Cycle(10), learning_starts=2_000, action_noise=None, seed=0, **SMALL)
+def test_first_actions_are_uniform_and_later_ones_are_the_policys(cls):
+    small = {"policy_kwargs": {"net_arch": [8, 8], "final_init": 3e-3}, "batch_size": 4}
+    model = cls("MlpPolicy", Cycle(10), learning_starts=2_000, action_noise=None, seed=0, **small)
     seen = []
     model.learn(2_050, callback=lambda locals_, _: seen.append((locals_["actions"][0], locals_["step"])))
     first = np.sort(np.array([action for action, _ in seen[:2_000]]), axis=0)
@@ -412,9 +480,9 @@ def test_first_actions_are_uniform_and_later_ones_are_the_policys():
         assert np.abs(action).max() < 0.1, "the first policy hardly acts: its last layer is within +-0.003"
 
 
-def test_actions_are_the_policys_with_noise_and_stay_in_bounds():
+def test_actions_are_the_policys_with_noise_and_stay_in_bounds(cls):
     noise = NormalActionNoise(0.0, 5.0)
-    model = DDPG("MlpPolicy", Cycle(10), learning_starts=5, action_noise=noise, seed=0, **SMALL)
+    model = cls("MlpPolicy", Cycle(10), learning_starts=5, action_noise=noise, seed=0, **SMALL)
     seen = []
     model.learn(200, callback=lambda locals_, _: seen.append(locals_["actions"].copy()))
     actions = np.concatenate(seen)
@@ -425,23 +493,23 @@ def test_actions_are_the_policys_with_noise_and_stay_in_bounds():
     assert noise.n_envs is None, "the user's object is left alone"
 
 
-def test_the_buffers_oldest_transitions_are_overwritten():
-    model = DDPG("MlpPolicy", Cycle(100), learning_starts=10, buffer_size=20, seed=0, **SMALL).learn(50)
-    held = np.round(model.replay_buffer.successor[:, 0] * 100).astype(int)
+def test_the_buffers_oldest_transitions_are_overwritten(cls):
+    model = cls("MlpPolicy", Cycle(100), learning_starts=10, buffer_size=20, seed=0, **SMALL).learn(50)
+    held = (model.replay_buffer.sample(1_000).successor[:, 0] * 100).round().int().tolist()
     assert model.replay_buffer.full
-    assert sorted(held) == list(range(31, 51))
+    assert sorted(set(held)) == list(range(31, 51))
 
 
 @pytest.mark.parametrize(
     "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.Box(-np.inf, np.inf, (2,), np.float32)]
 )
-def test_spaces_that_it_cannot_act_in_are_refused(space):
-    with pytest.raises(ValueError, match="DDPG") as caught:
-        DDPG("MlpPolicy", KNOWN._replace(action_space=space))
+def test_spaces_that_it_cannot_act_in_are_refused(cls, space):
+    with pytest.raises(ValueError, match=cls.__name__) as caught:
+        cls("MlpPolicy", KNOWN._replace(action_space=space))
     assert str(space) in str(caught.value)
 
 
 @pytest.mark.parametrize("noise", ["gaussian", 0.1, object()])
-def test_noise_of_no_known_kind_is_refused(noise):
+def test_noise_of_no_known_kind_is_refused(cls, noise):
     with pytest.raises(ValueError, match="action_noise"):
-        DDPG("MlpPolicy", KNOWN, action_noise=noise)
+        cls("MlpPolicy", KNOWN, action_noise=noise)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution
 from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in
-from sbac.observations import check_observation_space, obs_to_tensor
+from sbac.observations import check_observation_space
 from sbac.policies import (
     DeterministicActorCritic,
     StochasticActorCritic,
