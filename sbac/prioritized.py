@@ -33,8 +33,13 @@ class SumTree:
     def __init__(self, size: int) -> None:
         self._depth = (size - 1).bit_length()
         self._first = 1 << self._depth
+        self._size = size
         self._nodes = np.zeros(2 * self._first)
-        self.values = self._nodes[self._first : self._first + size]
+
+    @property
+    def values(self) -> np.ndarray:
+        """The numbers, a view, (size,)."""
+        return self._nodes[self._first : self._first + self._size]
 
     @property
     def total(self) -> float:
@@ -53,29 +58,36 @@ class SumTree:
     def set(self, index: np.ndarray, values: np.ndarray) -> None:
         """Replace the numbers at `index`, (B,), by `values`, (B,), at least 0; of one that stands twice, the last."""
         self.values[index] = values
+        left, right = self._children
         nodes = index + self._first
         for _ in range(self._depth):
-            nodes = nodes // 2
-            self._nodes[nodes] = self._nodes[2 * nodes] + self._nodes[2 * nodes + 1]
+            nodes >>= 1
+            self._nodes[nodes] = left[nodes] + right[nodes]
 
     def sum_up(self) -> None:
         """Compute all sums anew, after `values` was written to directly."""
+        left, right = self._children
         for level in reversed(range(self._depth)):
-            children = self._nodes[2 << level : 4 << level]
-            self._nodes[1 << level : 2 << level] = children[0::2] + children[1::2]
+            nodes = slice(1 << level, 2 << level)
+            self._nodes[nodes] = left[nodes] + right[nodes]
 
     def find(self, mass: np.ndarray) -> np.ndarray:
         """The least indices at which the running sum exceeds `mass`, (B,), from 0 to `total`. Never that of a 0."""
+        left, right = self._children
         mass = mass.copy()
         nodes = np.ones(len(mass), dtype=np.int64)
         for _ in range(self._depth):
-            left = 2 * nodes
-            left_sum = self._nodes[left]
+            left_sum = left[nodes]
             # Rounding can leave a mass that reaches beyond all that is there: no step leads to where nothing is.
-            goes_right = (mass >= left_sum) & (self._nodes[left + 1] > 0)
-            mass -= np.where(goes_right, left_sum, 0.0)
-            nodes = left + goes_right
+            goes_right = (mass >= left_sum) & (right[nodes] > 0)
+            mass -= left_sum * goes_right
+            nodes = 2 * nodes + goes_right
         return nodes - self._first
+
+    @property
+    def _children(self) -> tuple[np.ndarray, np.ndarray]:
+        """The left and the right child of each inner node, as views."""
+        return self._nodes[0::2], self._nodes[1::2]
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import timeit
 from collections.abc import Callable
 from pathlib import Path
@@ -352,6 +353,16 @@ def test_one_generator_draws_the_same_batches() -> None:
     for _ in range(3):
         assert_same(one.sample(8), two.sample(8))
     assert not np.array_equal(one.sample(32).rows, other.sample(32).rows)
+
+
+def test_a_copy_is_a_buffer_of_its_own() -> None:
+    buffer = prioritized(6, n_steps=5)
+    twin = copy.deepcopy(buffer)
+    give_errors(twin, [3.0, 2.0])
+    twin.add(*step_of(5, 1))
+    assert buffer._tree.total == 5
+    assert twin._tree.total == pytest.approx(twin._tree.values.sum())
+    assert twin._tree.values[5] == twin._tree.values[0] > 1
 
 
 @pytest.mark.parametrize("stored_at", [0, 2, 13, 20])
