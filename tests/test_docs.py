@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from sbac import cli
-from sbac.checkpoint import argument_names
-from sbac.loading import algorithm
+from sbac.callbacks import EvalCallback
+from sbac.construction import argument_names
+from sbac.loading import ALGORITHMS, algorithm
+from sbac.logger import KVWriter
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts), ROOT / "README.md"]
@@ -104,4 +108,58 @@ def test_every_room_is_in_the_reference() -> None:
     reference = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.md"))
     rooms = {path.stem for path in (ROOT / "sbac").glob("*.py")} - {"__init__", "__main__", "cli"}
     missing = {room for room in rooms if f"sbac.{room}" not in reference}
+    assert not missing
+
+
+class Keys(KVWriter):
+    """The keys that were logged."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def write(self, key_values: dict[str, object], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.seen |= key_values.keys()
+
+
+@pytest.mark.parametrize("learning_rate", [None, 1e-3], ids=["default", "1e-3"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_key_of_the_log_is_explained(name: str, learning_rate: float | None, one_thread: None) -> None:
+    options = {"policy_kwargs": {"net_arch": [8]}, "learning_rate": learning_rate, "learning_starts": 100}
+    known = argument_names(algorithm(name))
+    given = {key: value for key, value in options.items() if key in known and value is not None}
+    model = algorithm(name)("MlpPolicy", "Pendulum-v1", seed=0, **given)
+    keys = Keys()
+    model.logger.add_output(keys)
+    evaluation = EvalCallback("Pendulum-v1", n_eval_episodes=1, eval_freq=150, verbose=0)
+    model.learn(210, callback=evaluation)
+    explained = set(re.findall(r"`(\w+/\w+)`", (ROOT / "docs/guide/callbacks-and-logging.md").read_text("utf-8")))
+    assert len(keys.seen) > 10
+    assert keys.seen <= explained
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_arguments_that_take_schedules_are_listed(name: str) -> None:
+    text = (ROOT / "docs/guide/hyperparameters.md").read_text(encoding="utf-8")
+    listed = {}
+    for cls, line in re.findall(r"^- (\w+): (`.*)$", text, re.MULTILINE):
+        listed[cls] = set(re.findall(r"`(\w+)`", line)) | (listed["DDPG"] if "those of DDPG" in line else set())
+    cls = algorithm(name)
+    parameters = inspect.signature(cls.__init__).parameters
+    assert listed[cls.__name__] == {key for key, p in parameters.items() if "FloatOrSchedule" in str(p.annotation)}
+
+
+def test_every_recipe_is_named() -> None:
+    text = (ROOT / "docs/guide/hyperparameters.md").read_text(encoding="utf-8")
+    for file in (ROOT / "sbac/recipes").glob("*.toml"):
+        for env_id in tomllib.loads(file.read_text(encoding="utf-8")):
+            row = re.search(rf"^\| {re.escape(env_id)}[^|]*\|(.*)\|$", text, re.MULTILINE)
+            assert row is not None, env_id
+            assert file.stem.upper() in row[1], (file.stem, env_id)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_preset_is_named(name: str) -> None:
+    text = (ROOT / "docs/guide/hyperparameters.md").read_text(encoding="utf-8")
+    cls = algorithm(name)
+    missing = [preset for preset in cls.presets if f'| {cls.__name__} | `"{preset}"` |' not in text]
     assert not missing
