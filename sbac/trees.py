@@ -1,6 +1,7 @@
 """Observations are one array, or a tree of arrays: dicts and tuples, nested as the observation space is.
 
-Every function takes a single array for the tree that it mostly is.
+Every function takes a single array for the tree that it mostly is. The branches of a dict are taken in the order of
+their names, since environments may send them in any.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Tree = Any
 def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """A tree of the same form, with `function` applied to each leaf and to the leaves at its place in `others`."""
     if isinstance(tree, Mapping):
-        return {key: tree_map(function, branch, *(other[key] for other in others)) for key, branch in tree.items()}
+        return {key: tree_map(function, tree[key], *(other[key] for other in others)) for key in sorted(tree)}
     if isinstance(tree, tuple):
         return tuple(tree_map(function, branch, *(other[i] for other in others)) for i, branch in enumerate(tree))
     return function(tree, *others)
@@ -27,7 +28,7 @@ def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 def leaves(tree: Tree, name: str = "") -> Iterator[tuple[str, Any]]:
     """Each leaf with its path, such as ``camera/left``; the path of a single array is `name`."""
     if isinstance(tree, Mapping):
-        branches: Any = tree.items()
+        branches: Any = sorted(tree.items())
     elif isinstance(tree, tuple):
         branches = enumerate(tree)
     else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import random
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -693,3 +696,134 @@ def test_one_step_and_update_are_read_in_few_files(cls):
     peers = files_touched(lambda: peer.train(gradient_steps=1, batch_size=8), "stable_baselines3")
     print(f"one {name} update of stable-baselines3:", *sorted(peers))
     assert len(mathematics) < len(peers)
+
+
+# DDPG and TD3 are written out apart, so that each can be read alone, and must not drift.
+
+
+def normalised(cls: type[BaseAlgorithm]) -> ast.ClassDef:
+    """The syntax of a class, without comments and docstrings, under a common name."""
+    source = textwrap.dedent(inspect.getsource(cls)).replace(cls.__name__, "Algorithm")
+    (tree,) = ast.parse(source).body
+    assert isinstance(tree, ast.ClassDef)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree
+
+
+def parts(cls: type[BaseAlgorithm]) -> dict[str, str]:
+    """The functions and attributes of a class by name, as text."""
+    named = {}
+    for node in normalised(cls).body:
+        name = node.name if isinstance(node, ast.FunctionDef) else ast.unparse(getattr(node, "target", None) or node)
+        named[name] = ast.unparse(node)
+    return named
+
+
+def statements(cls: type[BaseAlgorithm], name: str) -> list[str]:
+    """A function's arguments with their defaults, and its statements, each as one line of text."""
+    (function,) = [node for node in normalised(cls).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    names, defaults = function.args.args, function.args.defaults
+    with_default = zip(names[len(names) - len(defaults) :], defaults, strict=True)
+    arguments = [f"{argument.arg} = {ast.unparse(default)}" for argument, default in with_default]
+    return arguments + [" ".join(ast.unparse(statement).split()) for statement in function.body]
+
+
+SHARED = {
+    "policy_aliases",
+    "policy",
+    "_shorthands = ('learning_rate',)",
+    "learn",
+    "_explore",
+    "_remember",
+    "_can_learn",
+    "_learn",
+    "train",
+    "_start_episodes",
+    "learning_rate",
+    "actor",
+    "critic",
+    "actor_target",
+    "critic_target",
+    "_check_spaces",
+    "_record_more",
+    "_buffers",
+}
+
+
+@pytest.mark.parametrize("name", sorted(SHARED))
+def test_what_ddpg_and_td3_share_is_the_same_in_both(name):
+    assert parts(DDPG)[name] == parts(TD3)[name]
+
+
+def test_ddpg_and_td3_have_nothing_else_but_what_makes_them_differ():
+    for cls in (DDPG, TD3):
+        assert parts(cls).keys() - SHARED == {"presets", "__init__", "_update"}
+
+
+def test_where_the_constructors_of_ddpg_and_td3_differ():
+    ddpg, td3 = statements(DDPG, "__init__"), statements(TD3, "__init__")
+    assert [line for line in ddpg if line not in td3] == [
+        "buffer_size = 100000",
+        "learning_starts = 128",
+        "batch_size = 128",
+        "tau = 0.001",
+        "action_noise = 'ornstein_uhlenbeck'",
+        "actor_learning_rate = 0.0001",
+        "critic_learning_rate = 0.001",
+        "n_critics = 1",
+        "paper = {'net_arch': (400, 300), 'action_layer': 1, 'final_init': 0.003}",
+        "network_kwargs: dict[str, Any] = {**paper, **plain, **self.policy_kwargs}",
+        "if action_noise == 'ornstein_uhlenbeck': "
+        "action_noise = OrnsteinUhlenbeckActionNoise(mean=0.0, sigma=0.2, theta=0.15, dt=1.0) "
+        "elif not (action_noise is None or isinstance(action_noise, ActionNoise)): raise "
+        "ValueError(f\"action_noise must be an ActionNoise, 'ornstein_uhlenbeck' or None, not {action_noise!r}\")",
+    ]
+    assert [line for line in td3 if line not in ddpg] == [
+        "buffer_size = 1000000",
+        "learning_starts = 1000",
+        "batch_size = 256",
+        "tau = 0.005",
+        "action_noise = 'normal'",
+        "policy_delay = 2",
+        "target_policy_noise = 0.2",
+        "target_noise_clip = 0.5",
+        "actor_learning_rate = 0.0003",
+        "critic_learning_rate = 0.0003",
+        "n_critics = 2",
+        "self.policy_delay = require_whole('policy_delay', policy_delay, 1)",
+        "require_number('target_policy_noise', target_policy_noise, minimum=0)",
+        "require_number('target_noise_clip', target_noise_clip, minimum=0)",
+        "self.target_policy_noise = target_policy_noise",
+        "self.target_noise_clip = target_noise_clip",
+        "network_kwargs: dict[str, Any] = {**plain, **self.policy_kwargs}",
+        "if action_noise == 'normal': action_noise = NormalActionNoise(mean=0.0, sigma=0.1) "
+        "elif not (action_noise is None or isinstance(action_noise, ActionNoise)): raise "
+        "ValueError(f\"action_noise must be an ActionNoise, 'normal' or None, not {action_noise!r}\")",
+    ]
+    in_both = [line for line in ddpg if line in td3]
+    assert in_both == [line for line in td3 if line in ddpg], "and what is the same is in the same order"
+
+
+def test_where_the_updates_of_ddpg_and_td3_differ():
+    ddpg, td3 = statements(DDPG, "_update"), statements(TD3, "_update")
+    in_both = [line for line in ddpg if line in td3]
+    assert in_both == [
+        "max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)",
+        "q = self.critic(batch.obs, batch.action)",
+        "td_error = q - target",
+        "critic_loss = (batch.weight * td_error.square()).mean(1).sum()",
+        "self.critic.descend(critic_loss, max_grad_norm)",
+    ]
+    # The steps of actor and targets are the same statements, which TD3 takes at every second update.
+    delayed = next(line for line in td3 if line.startswith("if n_critic_steps % self.policy_delay == 0:"))
+    for line in (
+        "actor_loss = -self.critic.q1_forward(batch.obs, self.actor(batch.obs)).mean()",
+        "self.actor.descend(actor_loss, max_grad_norm)",
+    ):
+        assert line in ddpg
+        assert line in delayed
+    for line in ("self.critic_target.follow(self.critic, tau)", "self.actor_target.follow(self.actor, tau)"):
+        assert line in ddpg[-2]
+        assert line in delayed
