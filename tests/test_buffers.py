@@ -764,14 +764,15 @@ def test_the_table_of_successors_holds_one_observation_for_each_episode_and_no_m
     buffer = ReplayBuffer(300, OBS, ACTION, n_envs=3)
     obs = np.zeros((3, 3), np.float32)
     for t in range(1, 1_001):
-        ends = np.array([t % 10 == 0, t % 25 == 0, False])
+        ends = np.array([t % 7 == 0, t % 13 == 0, False])
         successor = np.full((3, 3), t, np.float32)
         following = np.where(ends[:, None], -successor, successor)
         step = Step(following, np.zeros(3), ends & (t % 2 == 0), ends & (t % 2 == 1), successor, ~np.zeros(3, bool), [])
         buffer.add(obs, np.zeros((3, 2)), step)
         assert len(buffer._successor_of) == np.count_nonzero(buffer.flags & CUT)
         obs = following
-    assert len(buffer._successor_of) == 100 // 10 + 100 // 25
+    # Of the steps 901 to 1000.
+    assert len(buffer._successor_of) == (1_000 // 7 - 900 // 7) + (1_000 // 13 - 900 // 13)
     assert all(row.base is None and row.nbytes == 12 for row in buffer._successor_of.values())
 
 

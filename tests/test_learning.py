@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sbac import A2C, DDPG, evaluate_policy
+from sbac import A2C, DDPG, TD3, evaluate_policy
 from sbac.noise import NormalActionNoise
 from sbac.recipes import load_recipe
 
@@ -105,6 +105,24 @@ def test_ddpg_learns_to_echo(seed):
     assert mean_return(model, ContinuousEcho) > -1
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_td3_learns_to_echo(seed):
+    model = TD3(
+        "MlpPolicy",
+        ContinuousEcho,
+        gamma=0.0,
+        learning_rate=1e-3,
+        learning_starts=200,
+        batch_size=64,
+        action_noise=NormalActionNoise(0.0, 0.2),
+        policy_kwargs={"net_arch": [32, 32]},
+        seed=seed,
+    )
+    assert mean_return(model, ContinuousEcho) < -10
+    model.learn(2_000)
+    assert mean_return(model, ContinuousEcho) > -1
+
+
 @pytest.mark.slow
 def test_a2c_solves_cart_pole():
     """CartPole-v1 ends an episode at 500 and counts as solved at 475."""
@@ -118,4 +136,13 @@ def test_ddpg_swings_the_pendulum_up_with_its_recipe():
     recipe = load_recipe("ddpg", "Pendulum-v1")
     steps = recipe.pop("n_timesteps")
     model = DDPG("MlpPolicy", "Pendulum-v1", seed=0, **recipe).learn(steps)
+    assert mean_return(model, lambda: gymnasium.make("Pendulum-v1"), n_eval_episodes=50) >= -200
+
+
+@pytest.mark.slow
+def test_td3_swings_the_pendulum_up_with_its_recipe():
+    """As above: about -150 is the best, a random policy has about -1200."""
+    recipe = load_recipe("td3", "Pendulum-v1")
+    steps = recipe.pop("n_timesteps")
+    model = TD3("MlpPolicy", "Pendulum-v1", seed=0, **recipe).learn(steps)
     assert mean_return(model, lambda: gymnasium.make("Pendulum-v1"), n_eval_episodes=50) >= -200
