@@ -15,7 +15,18 @@ EXTRAS = {
     "video": ["gymnasium[other]>=1.1", "moviepy>=2.0"],
     "envpool": ["envpool>=1.0"],
     "peers": ["stable-baselines3>=2.4"],
-    "tests": ["pytest>=8.0", "stable-baselines3>=2.4", "moviepy>=2.0", "ruff>=0.6", "mypy>=1.11"],
+    "minari": ["minari>=0.5", "h5py>=3.10"],
+    "tests": [
+        "pytest>=8.0",
+        "stable-baselines3>=2.4",
+        "gymnasium[mujoco,box2d]>=1.1",
+        "moviepy>=2.0",
+        "minari>=0.5",
+        "h5py>=3.10",
+        "envpool>=1.0; platform_system == 'Linux'",
+        "ruff>=0.6",
+        "mypy>=1.11",
+    ],
     "docs": ["sphinx>=8.0", "myst-parser>=4.0", "furo>=2024.8"],
 }
 

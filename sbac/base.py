@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from sbac import checkpoint
-from sbac.actions import ActionCodec
 from sbac.adapters import Step
 from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
 from sbac.construction import Constructed, LoadsEitherWay, argument_names
-from sbac.envs import EnvironmentLike, Environments, Spaces, make_environments
-from sbac.episodes import EpisodeStatistics
+from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments
 from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
+from sbac.networks import Trainable
 from sbac.observations import as_batch
-from sbac.optimization import Trainable
 from sbac.schedules import FloatOrSchedule, value_at
-from sbac.training_log import TrainingLog
+from sbac.statistics import EpisodeStatistics, TrainingLog
 
 PathLike = str | Path
 
@@ -379,6 +377,9 @@ class BaseAlgorithm(metaclass=Constructed):
         self.check_env(new)
         if new.num_envs != self.n_envs:
             raise ValueError(f"set_env: the model works with {self.n_envs} environments at once, got {new.num_envs}")
+        for buffer in self._buffers().values():
+            if hasattr(buffer, "attach"):
+                buffer.attach(new)
         self.env = new
         self._obs = None
         self._reset_count = -1

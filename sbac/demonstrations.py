@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from sbac.actions import ActionCodec
 from sbac.adapters import Step
 from sbac.buffers import ReplayBuffer
-from sbac.guards import NotFiniteError, all_finite, first_not_finite, nearest
-from sbac.trees import Tree, leaves, rows, space_tree, tree_map
+from sbac.envs import ActionCodec
+from sbac.guards import NotFiniteError, nearest
+from sbac.trees import Tree, all_finite, first_not_finite, leaves, rows, space_tree, tree_map
 
 REQUIRED = ("observations", "actions", "rewards", "terminations", "truncations")
 OPTIONAL = ("next_observations",)

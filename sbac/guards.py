@@ -1,7 +1,4 @@
-"""What is refused: numbers that are not finite, and names that do not exist.
-
-The checks run at every step, so they cost about a microsecond; only the failing path is slow.
-"""
+"""What is refused: environments that fail, numbers that are not finite, names and values that do not exist."""
 
 from __future__ import annotations
 
@@ -18,25 +15,6 @@ class EnvironmentFault(RuntimeError):
 
 class NotFiniteError(FloatingPointError):
     """NaN or infinity in an observation, a reward, an action, a loss or a gradient."""
-
-
-def all_finite(array: np.ndarray) -> bool:
-    """Whether an array holds neither NaN nor infinity.
-
-    The inner product of the array with itself is finite only if every element is, and costs a
-    fifth of looking at each; where it overflows, the elements are looked at after all.
-    """
-    if array.dtype.kind != "f":
-        return True
-    flat = array.ravel()
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())
-
-
-def first_not_finite(batch: np.ndarray) -> int:
-    """The index of the first row of a batch (n, ...) that holds NaN or infinity."""
-    rows = np.isfinite(batch.reshape(len(batch), -1)).all(axis=1)
-    return int(np.argmin(rows))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -141,8 +141,7 @@ class HerReplayBuffer(ReplayBuffer):
         if self._rewards is None:
             raise ValueError(
                 "HerReplayBuffer computes rewards with its environments' compute_reward, but this model has no "
-                "environment: pass env= to load, or call model.set_env(env) and "
-                "model.replay_buffer.attach(model.env)"
+                "environment: pass env= to load, or call model.set_env(env)"
             )
         return super().sample(batch_size, gamma, progress_remaining)
 

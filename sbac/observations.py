@@ -1,15 +1,14 @@
-"""Observations on their way to a policy: what policies can read, single or batch, array to tensor."""
+"""What observations policies can read, and whether one is a single observation or a batch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
 
-from sbac.guards import NotFiniteError, all_finite
-from sbac.trees import Tree, leaves, space_tree, tree_map
+from sbac.guards import NotFiniteError
+from sbac.trees import Tree, all_finite, leaves, space_tree, tree_map
 
 
 def check_observation_space(space: spaces.Space[Any], algorithm: str) -> None:
@@ -66,8 +65,3 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
 
     names = iter(promised)
     return tree_map(lambda _: checked(next(names)), space_tree(space)), single
-
-
-def obs_to_tensor(obs: Tree, device: torch.device) -> Tree:
-    """The door from NumPy to torch for observations: no copy where none is needed."""
-    return tree_map(lambda leaf: torch.as_tensor(leaf, device=device), obs)

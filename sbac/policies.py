@@ -14,15 +14,14 @@ from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution
 from sbac.guards import require_number, require_whole
 from sbac.networks import (
     BaseFeaturesExtractor,
+    Trainable,
     create_mlp,
     default_extractor,
     init_fan_in,
     init_orthogonal,
     init_uniform,
 )
-from sbac.observations import obs_to_tensor
-from sbac.optimization import Trainable
-from sbac.trees import Tree, batch_size
+from sbac.trees import Tree, batch_size, tree_map
 
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
 """Units of the hidden layers: one list for both networks, or a dict with a list for each."""
@@ -348,3 +347,8 @@ class DeterministicActorCritic(nn.Module):
         """As `nn.Module.train`, for actor and critic; targets always evaluate."""
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
+
+
+def obs_to_tensor(obs: Tree, device: torch.device) -> Tree:
+    """The door from NumPy to torch for observations: no copy where none is needed."""
+    return tree_map(lambda leaf: torch.as_tensor(leaf, device=device), obs)

@@ -17,9 +17,8 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sbac.actions import ActionCodec
 from sbac.adapters import Infos, Step
-from sbac.envs import Environments, make_environments
+from sbac.envs import ActionCodec, Environments, make_environments
 from sbac.guards import EnvironmentFault, NotFiniteError
 from tests.environments import (
     EPISODE_LENGTHS,

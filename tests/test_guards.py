@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from sbac.guards import (
-    all_finite,
-    first_not_finite,
     nearest,
     read_train_freq,
     require_constant,
@@ -19,6 +17,7 @@ from sbac.guards import (
     require_whole,
 )
 from sbac.schedules import CosineSchedule, LinearSchedule
+from sbac.trees import all_finite, first_not_finite
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -455,7 +455,6 @@ def test_without_an_environment_a_model_predicts_but_samples_nothing(tmp_path: P
     with pytest.raises(ValueError, match=r"no environment: pass env= to load, or call model.set_env\(env\)"):
         model.train(1)
     model.set_env(Walk)
-    model.replay_buffer.attach(model.env)
     model.train(1)
 
 

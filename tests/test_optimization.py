@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sbac.guards import NotFiniteError
-from sbac.optimization import RMSpropTFLike, Trainable
+from sbac.networks import Trainable
+from sbac.optimization import RMSpropTFLike
 
 
 class Net(Trainable):
