@@ -21,6 +21,7 @@ from sbac.envs import EnvironmentLike, Environments
 from sbac.gae import explained_variance, gae
 from sbac.guards import require_constant, require_number, require_whole
 from sbac.observations import check_observation_space
+from sbac.optimization import RMSpropTFLike
 from sbac.policies import StochasticActorCritic
 from sbac.schedules import FloatOrSchedule
 
@@ -123,9 +124,11 @@ class A2C(BaseAlgorithm):
         optimizer_class = network_kwargs.pop("optimizer_class", None)
         optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
         if optimizer_class is None:
-            rms_prop_kwargs = {"alpha": 0.99, "eps": rms_prop_eps}
             optimizer_class = torch.optim.RMSprop if use_rms_prop else torch.optim.Adam
-            optimizer_kwargs = {**(rms_prop_kwargs if use_rms_prop else {"eps": 1e-5}), **optimizer_kwargs}
+            if not use_rms_prop:
+                optimizer_kwargs = {"eps": 1e-5, **optimizer_kwargs}
+        if optimizer_class in (torch.optim.RMSprop, RMSpropTFLike):
+            optimizer_kwargs = {"alpha": 0.99, "eps": rms_prop_eps, **optimizer_kwargs}
         if weight_decay:
             optimizer_kwargs = {"weight_decay": weight_decay, **optimizer_kwargs}
         self.policy = self._make_policy(**network_kwargs)

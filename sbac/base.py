@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 
@@ -56,7 +56,8 @@ class BaseAlgorithm(metaclass=Constructed):
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]]
     policy: Any
-    _shorthands: ClassVar[tuple[str, ...]] = ()  # arguments that only set others, which are what is saved
+    # Arguments that only set others, which are what is saved.
+    _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {}
     env: Environments  # None in a model that was loaded without environments
 
     def __init__(
@@ -73,12 +74,16 @@ class BaseAlgorithm(metaclass=Constructed):
     ) -> None:
         self.policy_class = self._policy_class(policy)
         self._policy_argument = policy
-        self.policy_kwargs = dict(policy_kwargs or {})
         if seed is not None:
             seed = require_whole("seed", seed, 0)
         self.seed = seed
-        self.verbose = verbose
-        self.tensorboard_log = tensorboard_log
+        self.verbose = require_whole("verbose", verbose, 0)
+        if not (tensorboard_log is None or isinstance(tensorboard_log, (str, Path))):
+            raise ValueError(f"tensorboard_log must be a folder or None, not {tensorboard_log!r}")
+        if not (policy_kwargs is None or isinstance(policy_kwargs, Mapping)):
+            raise ValueError(f"policy_kwargs must be a dict of the policy's arguments, not {policy_kwargs!r}")
+        self.tensorboard_log = None if tensorboard_log is None else str(tensorboard_log)
+        self.policy_kwargs = dict(policy_kwargs or {})
         self.stats_window_size = require_whole("stats_window_size", stats_window_size, 1)
         self.device = self._device(device)
 
@@ -110,6 +115,7 @@ class BaseAlgorithm(metaclass=Constructed):
         self._training_log = TrainingLog(1, 0)
         self._logger: Logger | None = None
         self._event_file: TensorBoardOutputFormat | None = None
+        self._run_name = ""
 
     # What an algorithm provides.
 
@@ -153,8 +159,12 @@ class BaseAlgorithm(metaclass=Constructed):
     # Construction.
 
     def _policy_class(self, policy: str | type[nn.Module]) -> type[nn.Module]:
-        if not isinstance(policy, str):
+        if isinstance(policy, type) and issubclass(policy, nn.Module):
             return policy
+        if not isinstance(policy, str):
+            raise ValueError(
+                f"policy must be one of {', '.join(self.policy_aliases)} or a policy class, not {policy!r}"
+            )
         if policy not in self.policy_aliases:
             raise ValueError(f"{type(self).__name__} has no policy {policy!r}{nearest(policy, self.policy_aliases)}")
         return self.policy_aliases[policy]
@@ -162,9 +172,13 @@ class BaseAlgorithm(metaclass=Constructed):
     def _device(self, device: torch.device | str) -> torch.device:
         # A small network on a GPU waits for the GPU; images arrive with the policies that read them.
         try:
-            return torch.device("cpu" if device == "auto" else device)
-        except RuntimeError as error:
-            raise ValueError(f"device must be 'auto', 'cpu' or another that torch knows, not {device!r}") from error
+            chosen = torch.device("cpu" if isinstance(device, str) and device == "auto" else device)
+            torch.empty(0, device=chosen)  # a device may be known and not there
+            return chosen
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"device must be 'auto', 'cpu', 'cuda' or another that torch finds here, not {device!r} ({error})"
+            ) from error
 
     def _make_policy(self, **kwargs: Any) -> Any:
         """Build the policy with its own random numbers, and name what `policy_kwargs` gets wrong."""
@@ -200,7 +214,7 @@ class BaseAlgorithm(metaclass=Constructed):
 
         if reset_num_timesteps:
             self.num_timesteps = 0
-            self.episodes.count = 0
+            self.episodes.forget()
         self._total_timesteps = self.num_timesteps + steps
         if reset_num_timesteps or self._obs is None or self.env.reset_count != self._reset_count:
             self._start_episodes(self.env)
@@ -249,7 +263,11 @@ class BaseAlgorithm(metaclass=Constructed):
                 "step": step,
             }
         )
-        return callback.on_step()
+        go_on = callback.on_step()
+        if self.env.reset_count != self._reset_count:
+            # The callback reset the training environments, by evaluating in them, say: what ran there is cut off.
+            self._start_episodes(self.env)
+        return go_on
 
     @property
     def ep_info_buffer(self) -> deque[dict[str, float]]:
@@ -280,7 +298,8 @@ class BaseAlgorithm(metaclass=Constructed):
 
     def _progress(self) -> float:
         """How much of the training remains: from 1 to 0."""
-        return 1.0 - self.num_timesteps / max(self._total_timesteps, 1)
+        # With several environments, the last step may go beyond the total.
+        return max(0.0, 1.0 - self.num_timesteps / max(self._total_timesteps, 1))
 
     # Logging.
 
@@ -297,9 +316,10 @@ class BaseAlgorithm(metaclass=Constructed):
 
     def _setup_logger(self, name: str, is_new_run: bool) -> None:
         outputs = self.logger.output_formats
-        if is_new_run and self._event_file in outputs:
+        if self._event_file in outputs and (is_new_run or name != self._run_name):
             outputs.remove(self._event_file)
             self._event_file.close()
+        self._run_name = name
         kinds = {type(output) for output in outputs}
         if self.verbose >= 1 and HumanOutputFormat not in kinds:
             self.logger.add_output(HumanOutputFormat())
@@ -514,11 +534,14 @@ class BaseAlgorithm(metaclass=Constructed):
         """
         if instance is not None and env is None:
             env = instance.env
-        overrides = {**(custom_objects or {}), **kwargs}
+        # Stable-Baselines' habit is to pass custom objects of all its algorithms at once.
+        known = argument_names(cls)
+        overrides = {**{k: v for k, v in (custom_objects or {}).items() if k in known}, **kwargs}
         model = checkpoint.load(cls, path, env, device, overrides, allow_pickle, print_system_info)
         if instance is None:
             return model
-        model._logger = instance._logger
+        for name in ("_logger", "_event_file", "_run_name"):
+            setattr(model, name, getattr(instance, name))
         instance.__dict__.update(model.__dict__)
         return instance
 

@@ -234,7 +234,9 @@ class CheckpointCallback(BaseCallback):
         save_freq: Calls between two checkpoints, at least 1; a call is one step of all n environments.
         save_path: The folder, made if need be.
         name_prefix: How the names of the files begin.
-        save_replay_buffer, save_vecnormalize: Accepted for scripts written for Stable-Baselines.
+        save_replay_buffer: Also write the replay buffer alone, as
+            ``{name_prefix}_replay_buffer_{num_timesteps}_steps.zip``.
+        save_vecnormalize: Accepted for scripts written for Stable-Baselines.
         verbose: 2 tells of each file.
     """
 
@@ -251,6 +253,7 @@ class CheckpointCallback(BaseCallback):
         self.save_freq = require_whole("save_freq", save_freq, 1)
         self.save_path = Path(save_path)
         self.name_prefix = name_prefix
+        self.save_replay_buffer = save_replay_buffer
 
     def _init_callback(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
@@ -259,6 +262,9 @@ class CheckpointCallback(BaseCallback):
         if self.n_calls % self.save_freq == 0:
             path = self.save_path / f"{self.name_prefix}_{self.num_timesteps}_steps.zip"
             self.model.save(path, full=True)
+            if self.save_replay_buffer and hasattr(self.model, "replay_buffer"):
+                name = f"{self.name_prefix}_replay_buffer_{self.num_timesteps}_steps.zip"
+                self.model.save_replay_buffer(self.save_path / name)
             if self.verbose >= 2:
                 print(f"Saved a checkpoint: {path}")
         return True
@@ -323,6 +329,8 @@ class EvalCallback(EventCallback):
         if self._environments is None:
             self._environments, self._made_here = open_environments(self.eval_env)
             self._seed = evaluation_seed(self.model.seed)
+        if hasattr(self.model, "check_env"):
+            self.model.check_env(self._environments)
         require_apart(self._environments, self.model, self.training_env, self.warn)
 
         # In a resumed training, take over the evaluations up to here, and with them the best so far.
@@ -515,7 +523,7 @@ class ProgressBarCallback(BaseCallback):
     def _status(self) -> str:
         (first_time, first_step), (last_time, step) = self._samples[0], self._samples[-1]
         speed = (step - first_step) / max(last_time - first_time, 1e-9)
-        parts = [f"{100 * step / self._total:.0f} %", f"{step}/{self._total} steps", f"{speed:.0f} steps/s"]
+        parts = [f"{min(100 * step / self._total, 100):.0f} %", f"{step}/{self._total} steps", f"{speed:.0f} steps/s"]
         if speed > 0 and step < self._total:
             parts.append(f"{timedelta(seconds=round((self._total - step) / speed))} left")
         episodes = self.model.ep_info_buffer

@@ -104,14 +104,13 @@ def load(
         many = isinstance(env, str) or (callable(env) and not hasattr(env, "step"))
         made = make_environments(env, known.n_envs if many else 1)
         arguments["n_envs"] = made.num_envs
-    model = cls(env=made, device=device, **arguments)
-    if env is not None:
         for what in ("observation_space", "action_space"):
             if getattr(known, what) != getattr(made, what):
                 raise ValueError(
                     f"the environment has another {what.replace('_', ' ')} than the model in {path}: the model was "
                     f"made for {getattr(known, what)}, the environment has {getattr(made, what)}"
                 )
+    model = cls(env=made, device=device, **arguments)
 
     _load_weights(model, file, path)
     for name in COUNTERS:

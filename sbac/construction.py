@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABCMeta
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from sbac.guards import nearest
@@ -15,6 +15,7 @@ class Constructed(ABCMeta):
     """The class of algorithm classes. Looks at the arguments of a constructor before the constructor does."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -38,11 +39,16 @@ class Constructed(ABCMeta):
             if preset not in cls.presets:
                 raise ValueError(f"{cls.__name__} has no preset {preset!r}{nearest(str(preset), cls.presets)}")
             given = {*known[: len(args)], *kwargs}
+            for shorthand, names in cls._shorthands.items():
+                if kwargs.get(shorthand) is not None:
+                    given |= set(names)
             filled = {name: value for name, value in cls.presets[preset].items() if name not in given}
             if filled:
                 values = ", ".join(f"{name}={value!r}" for name, value in filled.items())
                 print(f"{cls.__name__}, preset {preset!r}: {values}")
+            networks = cls.presets[preset].get("policy_kwargs", {})
             kwargs = {**filled, **kwargs}
+            kwargs["policy_kwargs"] = {**networks, **(kwargs.get("policy_kwargs") or {})}
         return super().__call__(*args, **kwargs)
 
 

@@ -7,7 +7,7 @@ section 7.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -89,7 +89,9 @@ class DDPG(BaseAlgorithm):
         },
     }
     policy: DeterministicActorCritic
-    _shorthands = ("learning_rate",)
+    _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {
+        "learning_rate": ("actor_learning_rate", "critic_learning_rate")
+    }
 
     def __init__(
         self,
@@ -331,6 +333,11 @@ class DDPG(BaseAlgorithm):
     def learning_rate(self) -> FloatOrSchedule | None:
         """The step size of both networks, or None where they differ."""
         return self.actor_learning_rate if self.actor_learning_rate == self.critic_learning_rate else None
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: FloatOrSchedule) -> None:
+        require_number("learning_rate", learning_rate, above=0)
+        self.actor_learning_rate = self.critic_learning_rate = learning_rate
 
     @property
     def actor(self) -> Actor:

@@ -105,6 +105,11 @@ class Environments:
             name: ((self.num_envs, *(leaf.shape or ())), np.dtype(leaf.dtype))
             for name, leaf in leaves(space_tree(self.observation_space))
         }
+        self._discrete = {
+            name: (int(leaf.start), int(leaf.start + leaf.n))
+            for name, leaf in leaves(space_tree(self.observation_space))
+            if isinstance(leaf, spaces.Discrete)
+        }
 
     @property
     def env_id(self) -> str | None:
@@ -190,6 +195,15 @@ class Environments:
                     f"the vector environment sent observations{part} of shape {array.shape} and dtype {array.dtype} at "
                     f"{where}; its space promises {shape} and {dtype}: mend the environment or its space"
                 )
+            if name in self._discrete:
+                low, high = self._discrete[name]
+                outside = (array < low) | (array >= high)
+                if outside.any():
+                    index = int(np.argmax(outside))
+                    raise EnvironmentFault(
+                        f"environment {index} sent the observation{part} {array[index]} at {where}, which is outside "
+                        f"its space: from {low} to {high - 1}"
+                    )
             if not all_finite(array):
                 index = first_not_finite(array)
                 raise NotFiniteError(
@@ -214,6 +228,10 @@ class Environments:
             if raised:
                 who = f"environment {raised} of {self.env!r}"
         return EnvironmentFault(f"{who} raised {type(error).__name__} at {where}: {error}")
+
+
+_NUMBER = (float, int, np.floating, np.integer)
+_FLAG = (bool, np.bool_)
 
 
 class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -243,6 +261,11 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
             raise self._fault("step", error) from error
         if not (type(obs) is np.ndarray and obs.shape == self._shape and obs.dtype == self._dtype):
             self._check(obs, "step")
+        if not isinstance(reward, _NUMBER) or not isinstance(terminated, _FLAG) or not isinstance(truncated, _FLAG):
+            raise EnvironmentFault(
+                f"environment {self._index} ({self._name}) sent the reward {reward!r}, terminated {terminated!r} and "
+                f"truncated {truncated!r} at {self._where('step')}; a reward is one number, the others True or False"
+            )
         return obs, reward, terminated, truncated, info
 
     def _check(self, obs: Any, call: str) -> None:

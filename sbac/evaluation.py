@@ -203,6 +203,8 @@ def evaluate_policy(
         env = own  # through the model's own door, so that learning on notices the reset
     environments, made_here = open_environments(env)
     try:
+        if hasattr(model, "check_env"):
+            model.check_env(environments)
         episodes = run_episodes(model, environments, n_eval_episodes, deterministic, render, callback, warn, seed)
     finally:
         if made_here:

@@ -40,6 +40,9 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
         ValueError: The observation does not have the form of the space.
         NotFiniteError: It holds NaN or infinity.
     """
+    is_pair = isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict)
+    if is_pair and not isinstance(space, spaces.Tuple):
+        raise ValueError("predict: this is a pair of observation and info, as reset returns it: pass the first only")
     promised = dict(leaves(space_tree(space)))
     given = dict(leaves(observation))
     if given.keys() != promised.keys():
@@ -58,6 +61,11 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
                 f"predict: the observation{part} has shape {leaf.shape} and dtype {leaf.dtype}, but the model was made "
                 f"for {promise}: pass shape {promise.shape}, or {('n', *promise.shape)} for a batch"
             )
+        if isinstance(promise, spaces.Discrete) and not _all_within(leaf, promise):
+            raise ValueError(
+                f"predict: the observation{part} is {leaf}; the model was made for whole numbers from "
+                f"{promise.start} to {promise.start + promise.n - 1}"
+            )
         leaf = leaf.astype(promise.dtype, copy=False)
         if not all_finite(leaf):
             raise NotFiniteError(f"predict: the observation{part} holds NaN or infinity: {leaf}")
@@ -65,3 +73,8 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
 
     names = iter(promised)
     return tree_map(lambda _: checked(next(names)), space_tree(space)), single
+
+
+def _all_within(array: np.ndarray, space: spaces.Discrete) -> bool:
+    below, above = array < space.start, array >= space.start + space.n
+    return array.dtype.kind in "iu" and not (below.any() or above.any())

@@ -38,6 +38,12 @@ class EpisodeStatistics:
         self.running_return = np.zeros(n_envs)
         self.running_length = np.zeros(n_envs, dtype=np.int64)
 
+    def forget(self) -> None:
+        """Begin to count anew, as a new run does."""
+        self.count = 0
+        self.infos.clear()
+        self.successes.clear()
+
     def start(self) -> None:
         """Every environment begins a new episode."""
         self.running_return[:] = 0

@@ -730,7 +730,7 @@ def statements(cls: type[BaseAlgorithm], name: str) -> list[str]:
 SHARED = {
     "policy_aliases",
     "policy",
-    "_shorthands = ('learning_rate',)",
+    "_shorthands",
     "learn",
     "_explore",
     "_remember",

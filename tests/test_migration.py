@@ -199,6 +199,6 @@ def test_the_same_files_are_written(both, name):
 def test_a_vector_environment_of_stable_baselines3_may_be_passed_in(cls, env_id):
     model = cls("MlpPolicy", make_vec_env(env_id, n_envs=2, env_kwargs={"max_episode_steps": 25}), seed=0).learn(300)
     assert (model.n_envs, model.num_timesteps) == (2, 300)
-    assert model.n_episodes >= 12
+    assert model.episodes.count >= 12
     assert max(episode["l"] for episode in model.ep_info_buffer) <= 25
     assert np.isfinite(model.predict(model.get_env().reset())[0]).all()

@@ -676,6 +676,8 @@ def test_what_is_given_beside_a_preset_wins_also_in_a_file(
         for name, value in given.items():
             if name == "action_noise":
                 assert made.action_noise.to_config() == value.to_config()
+            elif name == "policy_kwargs":
+                assert made.policy_kwargs == {**cls.presets[preset].get("policy_kwargs", {}), **value}
             else:
                 assert getattr(made, name) == value
         rates = [network.optimizer.param_groups[0]["lr"] for network in (made.actor, made.critic)]

@@ -1,0 +1,206 @@
+"""Bad input gets one clear error that names the argument or the environment, before anything is trained or overwritten."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from sbac import A2C, DDPG, TD3, EnvironmentFault, evaluate_policy
+from sbac.callbacks import CheckpointCallback, EvalCallback
+from sbac.envs import make_environments
+from sbac.optimization import RMSpropTFLike
+
+TINY = {"policy_kwargs": {"net_arch": [8]}, "seed": 0}
+OFF = {**TINY, "learning_starts": 8, "batch_size": 4, "buffer_size": 100}
+
+
+class Scripted(gymnasium.Env[Any, Any]):
+    """Sends what it is told at its third step."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, **sent: Any) -> None:
+        self.observation_space = sent.pop("space", spaces.Box(-1, 1, (2,), np.float32))
+        self.sent = sent
+        self.steps = 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        self.steps += 1
+        sent = {"obs": self._obs(), "reward": 0.0, "terminated": False, "truncated": False}
+        if self.steps == 3:
+            sent.update(self.sent)
+        return sent["obs"], sent["reward"], sent["terminated"], sent["truncated"], {}
+
+    def _obs(self) -> Any:
+        discrete = isinstance(self.observation_space, spaces.Discrete)
+        return int(self.observation_space.start) if discrete else np.zeros(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("sent", "parts"),
+    [
+        ({"reward": "a"}, ["reward 'a'"]),
+        ({"reward": np.array([1.0])}, ["reward array([1.])"]),
+        ({"terminated": "no"}, ["terminated 'no'"]),
+        ({"truncated": None}, ["truncated None"]),
+    ],
+)
+def test_an_environment_that_sends_no_number_or_flag_is_named(sent: dict[str, Any], parts: list[str]) -> None:
+    door = make_environments([Scripted, lambda: Scripted(**sent)])
+    door.reset()
+    with pytest.raises(EnvironmentFault) as caught:
+        for _ in range(3):
+            door.step(np.zeros((2, 1)))
+    for part in ["environment 1 (Scripted)", "its step 3", *parts]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("sent", [1, 6, -1])
+def test_a_discrete_observation_outside_its_space_is_named(sent: int) -> None:
+    space = spaces.Discrete(4, start=2)
+    model = A2C("MlpPolicy", lambda: Scripted(space=space, obs=sent), **TINY)
+    with pytest.raises(EnvironmentFault, match=rf"environment 0 sent the observation {sent} at step 3.*from 2 to 5"):
+        model.learn(20)
+    with pytest.raises(ValueError, match=r"whole numbers from 2 to 5"):
+        model.predict(sent)
+    with pytest.raises(ValueError, match=r"whole numbers from 2 to 5"):
+        model.predict(2.5)
+    model.predict(5)
+
+
+def test_what_reset_returns_is_not_an_observation() -> None:
+    model = A2C("MlpPolicy", "CartPole-v1", **TINY)
+    with pytest.raises(ValueError, match="pair of observation and info"):
+        model.predict(model.get_env().reset())
+
+
+def test_other_spaces_are_named_with_both_before_anything_runs(tmp_path: Path) -> None:
+    DDPG("MlpPolicy", "Pendulum-v1", **OFF).save(tmp_path / "model")
+    for act in (
+        lambda: DDPG.load(tmp_path / "model", env="CartPole-v1"),
+        lambda: evaluate_policy(DDPG.load(tmp_path / "model"), "CartPole-v1", 1),
+    ):
+        with pytest.raises(ValueError) as caught:
+            act()
+        assert "(3,), float32" in str(caught.value)
+        assert "(4,), float32" in str(caught.value)
+    model = A2C("MlpPolicy", "CartPole-v1", **TINY)
+    with pytest.raises(ValueError, match=r"another observation space"):
+        model.learn(100, callback=EvalCallback("Pendulum-v1", eval_freq=10, verbose=0))
+    assert model.num_timesteps == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"policy": None}, "policy must be"),
+        ({"policy": 5}, "policy must be"),
+        ({"policy_kwargs": "foo"}, "policy_kwargs must be a dict"),
+        ({"verbose": "abc"}, "verbose"),
+        ({"tensorboard_log": 3}, "tensorboard_log"),
+        ({"device": [1, 2]}, "device"),
+        ({"device": "gpu9"}, "device"),
+        ({"seed": -1}, "seed"),
+        ({"gamma": lambda remaining: 3 * remaining}, "gamma"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"max_grad_norm": 0}, "max_grad_norm"),
+        ({"weight_decay": lambda remaining: remaining}, "weight_decay"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"stats_window_size": 0}, "stats_window_size"),
+        ({"n_envs": 0}, "n_envs"),
+    ],
+)
+@pytest.mark.parametrize(("cls", "env"), [(A2C, "CartPole-v1"), (DDPG, "Pendulum-v1"), (TD3, "Pendulum-v1")])
+def test_each_bad_argument_is_named(cls: Any, env: str, arguments: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        cls(**{"policy": "MlpPolicy", "env": env, **arguments})
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        A2C("MlpPolicy", "CartPole-v1", device="cuda")
+    else:
+        with pytest.raises(ValueError, match=r"device must be .* not 'cuda'"):
+            A2C("MlpPolicy", "CartPole-v1", device="cuda")
+
+
+def test_progress_ends_at_zero_although_the_last_step_goes_beyond() -> None:
+    seen: list[float] = []
+
+    def rate(remaining: float) -> float:
+        seen.append(remaining)
+        return 1e-3 * math.sqrt(remaining)
+
+    model = A2C("MlpPolicy", "CartPole-v1", n_envs=8, learning_rate=rate, **TINY).learn(100)
+    assert model.num_timesteps == 104
+    assert min(seen) == 0.0
+
+
+def test_evaluating_in_the_training_environments_cuts_their_episodes_cleanly() -> None:
+    def meddle(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        model = locals_["self"]
+        if model.num_timesteps == 55:
+            evaluate_policy(model, model.get_env(), n_eval_episodes=1)
+        return True
+
+    model = DDPG("MlpPolicy", "Pendulum-v1", **OFF).learn(100, callback=meddle)
+    batch = model.replay_buffer.sample(2000)
+    # Pendulum's angular velocity changes by at most 0.05 * (15 + 3 * 2) a step; a false successor jumps.
+    jumps = (batch.successor[:, 2] - batch.obs[:, 2]).abs().max()
+    assert jumps <= 1.06
+    assert model.num_timesteps == 100
+
+
+def test_a_new_run_forgets_the_statistics_of_the_last() -> None:
+    model = A2C("MlpPolicy", "CartPole-v1", **TINY).learn(200)
+    assert model.ep_info_buffer
+    model.learn(1)
+    assert not model.ep_info_buffer
+
+
+def test_another_run_name_is_another_folder(tmp_path: Path) -> None:
+    model = A2C("MlpPolicy", "CartPole-v1", tensorboard_log=str(tmp_path), **TINY)
+    model.learn(10, tb_log_name="first")
+    model.learn(10, tb_log_name="second", reset_num_timesteps=False)
+    model.learn(10, tb_log_name="second", reset_num_timesteps=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first_1", "second_1"]
+
+
+def test_epsilon_reaches_the_optimizer_of_ones_own_choice() -> None:
+    chosen = {"net_arch": [8], "optimizer_class": RMSpropTFLike}
+    model = A2C("MlpPolicy", "CartPole-v1", rms_prop_eps=0.5, policy_kwargs=chosen)
+    assert model.policy.optimizer.param_groups[0]["eps"] == 0.5
+
+
+def test_custom_objects_of_other_algorithms_are_ignored(tmp_path: Path) -> None:
+    A2C("MlpPolicy", "CartPole-v1", **TINY).save(tmp_path / "model")
+    model = A2C.load(tmp_path / "model", custom_objects={"clip_range": 0.1, "gamma": 0.5})
+    assert model.gamma == 0.5
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_the_learning_rate_can_be_set_later(cls: Any) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", **OFF)
+    model.learning_rate = 1e-5
+    assert model.actor_learning_rate == model.critic_learning_rate == model.learning_rate == 1e-5
+    with pytest.raises(ValueError, match="learning_rate"):
+        model.learning_rate = -1
+
+
+def test_a_checkpoint_may_bring_its_replay_buffer_as_a_file_of_its_own(tmp_path: Path) -> None:
+    callback = CheckpointCallback(50, tmp_path, name_prefix="run", save_replay_buffer=True)
+    DDPG("MlpPolicy", "Pendulum-v1", **OFF).learn(60, callback=callback)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_50_steps.zip", "run_replay_buffer_50_steps.zip"]
+    model = DDPG("MlpPolicy", "Pendulum-v1", **OFF)
+    model.load_replay_buffer(tmp_path / "run_replay_buffer_50_steps")
+    assert model.replay_buffer.size() == 50
