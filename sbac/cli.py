@@ -9,12 +9,13 @@ import signal
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import gymnasium
 import numpy as np
+import torch
 
 import sbac
 from sbac.base import BaseAlgorithm
@@ -43,19 +44,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 (training failed, its model is saved), 2 (bad input), 130 (interrupted).
     """
     options = _parser().parse_args(arguments)
-    try:
-        code: int = options.command(options)
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
+        try:
+            code: int = options.command(options)
+        except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+            print(f"sbac {options.name}: {str(error) or 'out of memory'}", file=sys.stderr)
+            code = 2
+        except (EnvironmentFault, NotFiniteError) as error:
+            print(f"sbac {options.name}: {error}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:
+            print(f"sbac {options.name}: interrupted", file=sys.stderr)
+            code = 130
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `sbac inspect ... | head`: nobody reads on, and nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ImportError) as error:
-        print(f"sbac {options.name}: {error}", file=sys.stderr)
-        return 2
-    except (EnvironmentFault, NotFiniteError) as error:
-        print(f"sbac {options.name}: {error}", file=sys.stderr)
-        return 1
+
+
+class _Output:
+    """A stream that turns silent once nobody reads on, as in ``sbac train | head``: no reason to end a training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._silence()
+
+    def _silence(self) -> None:
+        """What is still in the stream's own buffer goes nowhere too, also when Python exits."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", type=Path, help="folder of the run; must not exist (default runs/ALGO_ENV_1, _2, ...)")
     train.add_argument(
-        "--eval-freq", type=int, help="transitions between evaluations (default: a twentieth of the steps)"
+        "--eval-freq", type=int, help="transitions between evaluations; 0: none (default: a twentieth of the steps)"
     )
     train.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation (default 10)")
     train.add_argument("--device", default="auto", help="cpu, cuda, ... (default auto)")
@@ -123,49 +152,83 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    # Everything is checked before the folder is made.
     cls = algorithm(options.algorithm)
     arguments = _hyperparameters(options)
     recommended = arguments.pop("n_timesteps", DEFAULT_STEPS)
     steps = require_whole("--steps", recommended if options.steps is None else options.steps, 1)
+    eval_freq = require_whole("--eval-freq", max(steps // 20, 1) if options.eval_freq is None else options.eval_freq, 0)
+    n_eval_episodes = require_whole("--eval-episodes", options.eval_episodes, 1)
+    _require_device(options.device)
     model = cls(options.policy, options.env, seed=options.seed, device=options.device, **arguments)
 
-    folder = _new_folder(options.out, cls.__name__, options.env)
-    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "none but the defaults"
-    print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}")
-    print(f"hyperparameters: {given}\nfolder: {folder}")
-    _write_config(folder, model, options.env, steps, arguments)
-    model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
-
-    eval_freq = options.eval_freq or max(steps // 20, 1)
-    evaluation = EvalCallback(
-        options.env,
-        n_eval_episodes=options.eval_episodes,
-        eval_freq=max(eval_freq // model.n_envs, 1),
-        log_path=str(folder),
-        best_model_save_path=str(folder),
-        verbose=0,
-    )
-    code = 0
     with _interruption() as interruption:
+        folder = _new_folder(options.out, cls.__name__, options.env)
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "none but the defaults"
+        print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}")
+        print(f"hyperparameters: {given}\nfolder: {folder}")
+        _write_config(folder, model, options.env, steps, arguments)
+        model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
+        callbacks: list[BaseCallback] = [interruption]
+        if eval_freq:
+            evaluation = EvalCallback(
+                options.env,
+                n_eval_episodes=n_eval_episodes,
+                eval_freq=max(eval_freq // model.n_envs, 1),
+                log_path=str(folder),
+                best_model_save_path=str(folder),
+                verbose=0,
+            )
+            callbacks.insert(0, evaluation)
+
+        code = _learn(model, steps, callbacks, interruption, folder / "model.zip")
+        model.logger.close()
         try:
-            model.learn(steps, callback=[evaluation, interruption], progress_bar=True)
-        except (EnvironmentFault, NotFiniteError) as error:
-            print(f"sbac train: {error}", file=sys.stderr)
-            code = 1
-    model.save(folder / "model.zip", full=True)
-    if interruption.asked:
-        print(f"stopped at step {model.num_timesteps:,}; the model is in {folder / 'model.zip'}")
-        code = 130
-    elif code:
-        print(f"the model of step {model.num_timesteps:,} is in {folder / 'model.zip'}", file=sys.stderr)
-    model.logger.close()
-    if (folder / "progress.csv").exists():
-        plot_learning_curve(folder, folder / "learning_curve.png")
-    if code == 0:
-        mean, deviation = evaluate_policy(model, options.env, n_eval_episodes=20, seed=options.seed + 1)
-        print(f"return over 20 episodes: {mean:.1f} +- {deviation:.1f}")
-        print(f"see it: sbac watch {folder}    its curve: {folder / 'learning_curve.png'}")
+            if not interruption.at_once and (folder / "progress.csv").exists():
+                plot_learning_curve(folder, folder / "learning_curve.png")
+            if code == 0:
+                mean, deviation = evaluate_policy(model, options.env, n_eval_episodes=20, seed=options.seed + 1)
+                print(f"return over 20 episodes: {mean:.1f} +- {deviation:.1f}")
+                print(f"see it: sbac watch {folder}    its curve: {folder / 'learning_curve.png'}")
+        except KeyboardInterrupt:
+            print(f"interrupted; the model is in {folder / 'model.zip'}")
+            code = 130
     return code
+
+
+def _learn(
+    model: BaseAlgorithm, steps: int, callbacks: list[BaseCallback], interruption: _Interruption, file: Path
+) -> int:
+    """Train and save the model, whatever ended the training; returns the exit code."""
+    code = 0
+    try:
+        try:
+            model.learn(steps, callback=callbacks, progress_bar=True)
+        except (EnvironmentFault, NotFiniteError, OSError, MemoryError) as error:
+            print(f"sbac train: {str(error) or 'out of memory'}", file=sys.stderr)
+            code = 1
+        interruption.phase = "saving"  # here already, so that nothing can come between
+    except KeyboardInterrupt:
+        interruption.at_once = True
+    finally:
+        interruption.phase = "saving"  # after errors of other kinds too
+        model.save(file, full=True)
+        interruption.phase = "saved"
+    if interruption.asked:
+        print(f"stopped at step {model.num_timesteps:,}; the model is in {file}")
+        return 130
+    if code:
+        print(f"the model of step {model.num_timesteps:,} is in {file}", file=sys.stderr)
+    return code
+
+
+def _require_device(device: str) -> None:
+    """Refuse a device that torch does not know, or that this machine or this build of torch does not have."""
+    try:
+        torch.zeros(1, device="cpu" if device == "auto" else device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: torch cannot compute there; name another, or auto ({reason})") from error
 
 
 def _hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
@@ -227,9 +290,32 @@ def _write_config(folder: Path, model: BaseAlgorithm, env_id: str, steps: int, a
 
 
 class _Interruption(BaseCallback):
-    """Stops at the next step once Ctrl-C was pressed."""
+    """What Ctrl-C does to a training: a first one stops it at the next step, a second one at once.
 
-    asked = False
+    Attributes:
+        asked: Whether Ctrl-C was pressed.
+        at_once: Whether it cut the training off in the midst of a step.
+        phase: "learning", "saving" (which nothing interrupts) or "saved" (the rest may be cut off).
+    """
+
+    asked = at_once = False
+    phase = "learning"
+
+    def press(self, *_: object) -> None:
+        """Handle the signal. May come in the midst of a print, so that it writes past Python's streams."""
+        asked_before, self.asked = self.asked, True
+        if self.phase == "saving":
+            self._say("saving the model first")
+        elif self.phase == "learning" and not asked_before:
+            self._say("stopping at the next step, then saving the model (again: at once)")
+        else:
+            if self.phase == "learning":
+                self.phase = "saving"  # a third one must not keep the model from being saved
+            raise KeyboardInterrupt
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
     def _on_step(self) -> bool:
         return not self.asked
@@ -237,17 +323,11 @@ class _Interruption(BaseCallback):
 
 @contextmanager
 def _interruption() -> Iterator[_Interruption]:
-    """While it lasts, a first Ctrl-C stops at the next step, and a second one at once."""
-    callback = _Interruption()
-
-    def ask(*_: object) -> None:
-        if callback.asked:
-            raise KeyboardInterrupt
-        callback.asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
+    """While it lasts, Ctrl-C is handled by what it yields."""
+    interruption = _Interruption()
+    before = signal.signal(signal.SIGINT, interruption.press)
     try:
-        yield callback
+        yield interruption
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -273,6 +353,9 @@ def _env_of(options: argparse.Namespace, file: Path) -> str:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    n_episodes = require_whole("--episodes", options.episodes, 1)
+    require_whole("--n-envs", options.n_envs, 1)
+    _require_device(options.device)
     file = _model_file(options.model)
     env_id = _env_of(options, file)
     env = make_environments(env_id, options.n_envs)
@@ -281,7 +364,7 @@ def _eval(options: argparse.Namespace) -> int:
     returns, lengths = evaluate_policy(
         model,
         env,
-        n_eval_episodes=options.episodes,
+        n_eval_episodes=n_episodes,
         deterministic=not options.stochastic,
         return_episode_rewards=True,
         seed=options.seed,
@@ -294,6 +377,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
+    n_episodes = require_whole("--episodes", options.episodes, 1)
+    _require_device(options.device)
     if options.video is not None:
         check_film(options.video)
     file = _model_file(options.model)
@@ -304,7 +389,7 @@ def _watch(options: argparse.Namespace) -> int:
     model.check_env(door)
     env = door.env.envs[0]
     frames: list[Any] = []
-    for episode in range(options.episodes):
+    for episode in range(n_episodes):
         obs, _ = env.reset(seed=options.seed + episode)
         total, ended, length = 0.0, False, 0
         while not ended:

@@ -7,15 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from sbac import load
+from sbac import A2C, load
 from sbac.cli import main
 
 
@@ -55,6 +57,11 @@ def test_train_leaves_one_folder_with_everything(run: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert "n_envs=8" in printed
     assert "return over 20 episodes" in printed
+
+
+def test_progress_ends_at_100_percent(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train --steps 50 --n-envs 8 --out run --eval-freq 0".split()) == 0
+    assert "A2C: 100 %  56/50 steps" in capsys.readouterr().out
 
 
 def test_default_folders_are_numbered(folder: Path) -> None:
@@ -99,8 +106,15 @@ def test_set_overrides_the_recipe(folder: Path) -> None:
         ("train a2c CartPole-v1 --set policy_kwargs.net_arc=[8]", ["'net_arc'", "'net_arch'"]),
         ("train ddpg CartPole-v1", ["Discrete(2)", "DDPG"]),
         ("train a2c CartPole-v1 --steps -3", ["--steps", "-3"]),
-        ("train a2c CartPole-v1 --device gpu9", ["device", "gpu9"]),
+        ("train a2c CartPole-v1 --device gpu9", ["--device", "gpu9"]),
+        ("train ddpg Pendulum-v1 --set buffer_size=1e13", ["buffer_size", "memory"]),
+        ("train a2c CartPole-v1 --set n_steps=1e12", ["allocate", "1000000000000"]),
+        ("train a2c CartPole-v1 --eval-episodes 0", ["--eval-episodes", "at least 1", "0"]),
+        ("train a2c CartPole-v1 --eval-freq -5", ["--eval-freq", "at least 0", "-5"]),
         ("eval nothing.zip", ["nothing.zip"]),
+        ("eval nothing.zip --episodes 0", ["--episodes", "at least 1", "0"]),
+        ("eval nothing.zip --device gpu9", ["--device", "gpu9"]),
+        ("watch nothing.zip --episodes 0", ["--episodes", "at least 1", "0"]),
         ("inspect nothing.zip", ["nothing.zip"]),
         ("plot nothing", ["nothing"]),
     ],
@@ -113,6 +127,32 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     assert len(errors.splitlines()) == 1
     assert all(part in errors for part in parts), errors
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_this_torch_lacks_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train a2c CartPole-v1 --device cuda".split()) == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("sbac train: --device cuda: ")
+    assert len(errors.splitlines()) == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("mine")
+    assert main("train a2c CartPole-v1 --out file/sub".split()) == 2
+    errors = capsys.readouterr().err.strip()
+    assert "Not a directory" in errors
+    assert "file/sub" in errors
+    assert len(errors.splitlines()) == 1
+    assert (folder / "file").read_text() == "mine"
+
+
+def test_eval_freq_0_never_evaluates(folder: Path) -> None:
+    assert main("train a2c CartPole-v1 --steps 800 --out run --eval-freq 0".split()) == 0
+    names = {path.name for path in (folder / "run").iterdir()}
+    assert "model.zip" in names
+    assert not names & {"best_model.zip", "evaluations.npz"}
 
 
 def test_set_changes_one_entry_of_a_recipes_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,20 +245,154 @@ def test_a_failing_environment_is_named_and_the_model_saved(folder: Path, capsys
     assert all(np.isfinite(tensor.numpy()).all() for tensor in model.policy.state_dict().values())
 
 
-def test_ctrl_c_stops_at_the_next_step_saves_and_says_where(folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sbac", "train", "--steps", "10000000", "--out", "run", "--eval-freq", "10000000"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
-    while not (folder / "run/config.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(3)
+class _Pressing(gymnasium.Env[np.ndarray, np.ndarray]):
+    """Presses Ctrl-C at some of its steps, which are counted over all its instances; its episodes take 5."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    presses: tuple[int, ...] = ()
+    steps = 0
+
+    def reset(self, **kwargs: object) -> tuple[np.ndarray, dict[str, object]]:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
+        _Pressing.steps += 1
+        for _ in range(self.presses.count(self.steps)):
+            _press()
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+
+def _press(*_: object, **__: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def pressing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Pressing]]:
+    monkeypatch.setattr(_Pressing, "steps", 0)
+    monkeypatch.setattr(_Pressing, "presses", ())
+    gymnasium.register("Pressing-v0", entry_point=_Pressing, max_episode_steps=5)
+    yield _Pressing
+    gymnasium.registry.pop("Pressing-v0")
+
+
+PRESSING = "train a2c Pressing-v0 --steps 40 --out run --eval-episodes 1".split()
+
+
+def test_ctrl_c_stops_at_the_next_step_saves_and_says_where(
+    pressing: type[_Pressing], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pressing.presses = (12,)
+    assert main([*PRESSING, "--eval-freq", "0"]) == 130
+    printed, errors = capfd.readouterr()
+    assert errors.startswith("stopping at the next step")
+    assert "(again: at once)" in errors
+    assert "stopped at step 12; the model is in run/model.zip" in printed
+    assert load("run/model.zip").num_timesteps == 12
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_during_an_evaluation_is_answered_at_once(
+    pressing: type[_Pressing], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pressing.presses = (12,)  # in the evaluation after the tenth step of training
+    assert main([*PRESSING, "--eval-freq", "10"]) == 130
+    assert capfd.readouterr().err.startswith("stopping at the next step")
+    assert pressing.steps == 15
+    assert load("run/model.zip").num_timesteps == 10
+
+
+def test_a_second_ctrl_c_ends_at_once_and_saves(pressing: type[_Pressing], capfd: pytest.CaptureFixture[str]) -> None:
+    pressing.presses = (12, 13, 13, 13)
+    assert main([*PRESSING, "--eval-freq", "10", "--eval-episodes", "100"]) == 130
+    printed, errors = capfd.readouterr()
+    assert len(errors.strip().splitlines()) == 1
+    assert "stopped at step 10; the model is in run/model.zip" in printed
+    assert pressing.steps == 13  # of an evaluation of five hundred
+    assert load("run/model.zip").num_timesteps == 10
+
+
+def test_nothing_interrupts_saving(
+    pressing: type[_Pressing], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = A2C.save
+
+    def pressed(*arguments: Any, **keywords: Any) -> None:
+        _press()
+        _press()
+        save(*arguments, **keywords)
+
+    monkeypatch.setattr(A2C, "save", pressed)
+    assert main([*PRESSING, "--eval-freq", "0"]) == 130
+    printed, errors = capfd.readouterr()
+    assert errors.splitlines() == ["saving the model first"] * 2
+    assert "the model is in run/model.zip" in printed
+    assert load("run/model.zip").num_timesteps == 40
+
+
+@pytest.mark.parametrize("function", ["plot_learning_curve", "evaluate_policy"])
+def test_ctrl_c_after_the_training_keeps_the_model(
+    pressing: type[_Pressing], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    monkeypatch.setattr(f"sbac.cli.{function}", _press)
+    assert main(PRESSING) == 130
+    printed, errors = capfd.readouterr()
+    assert errors == ""
+    assert printed.splitlines()[-1] == "interrupted; the model is in run/model.zip"
+    assert load("run/model.zip").num_timesteps == 40
+
+
+def test_ctrl_c_ends_the_other_commands_with_one_line(
+    pressing: type[_Pressing], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(PRESSING) == 0
+    monkeypatch.setattr("sbac.cli.plot_learning_curve", _press)
+    monkeypatch.setattr("sbac.cli.check_film", _press)
+    capfd.readouterr()
+    for words in ("eval run", "watch run --video film.gif", "plot run", "inspect run"):
+        if words.startswith("eval"):
+            pressing.presses = (pressing.steps + 3,)
+        if words.startswith("inspect"):
+            monkeypatch.setattr("sbac.cli.inspect", _press)
+        assert main(words.split()) == 130
+        assert capfd.readouterr() == ("", f"sbac {words.split()[0]}: interrupted\n")
+
+
+def _process(*words: str, **keywords: Any) -> subprocess.Popen[str]:
+    own = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **own}
+    return subprocess.Popen([sys.executable, "-m", "sbac", *words], env=environment, text=True, **keywords)
+
+
+def test_ctrl_c_in_a_process_leaves_no_traceback(folder: Path) -> None:
+    words = "train --steps 10000000 --out run --eval-freq 0".split()
+    process = _process(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("folder"):
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 130, printed
-    assert "the model is in run/model.zip" in printed
     assert "Traceback" not in printed
-    assert load("run/model.zip").num_timesteps > 0
+    load("run/model.zip")
+
+
+def test_a_reader_who_leaves_does_not_end_a_training(folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = _process(
+        *"train --steps 400 --out run --verbose --eval-episodes 1".split(), stdout=writing, stderr=writing
+    )
+    os.close(writing)
+    assert process.wait(timeout=60) == 0
+    assert load("run/model.zip").num_timesteps == 400
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = _process("inspect", "run", stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_python_m_sbac_is_the_command() -> None:
