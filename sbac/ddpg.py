@@ -7,6 +7,7 @@ section 7.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -213,6 +214,12 @@ class DDPG(BaseAlgorithm):
         with self._training(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
         ) as callback:
+            if self.replay_buffer.size() + total_timesteps <= self.learning_starts:
+                warnings.warn(
+                    f"nothing will be learned: learning begins after {self.learning_starts:,} transitions "
+                    f"(learning_starts), and there will be {self.replay_buffer.size() + int(total_timesteps):,}",
+                    stacklevel=2,
+                )
             self._learn()  # what a run that was stopped still owes
             while self.num_timesteps < self._total_timesteps:
                 callback.on_rollout_start()

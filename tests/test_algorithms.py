@@ -683,7 +683,7 @@ def test_one_step_and_update_are_read_in_few_files(cls):
     mathematics = files_touched(update, "sbac")
     everything = files_touched(step_and_update, "sbac")
     print(f"one {name} update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
-    # The algorithm itself; base: the present value of a schedule; policies, networks: mu, Q and the steps of weights and
+    # The algorithm itself; base: present values of schedules; policies, networks: mu, Q and the steps of weights and
     # targets; buffers, trees: the batch. A step adds the door to the environment, its adapter, and noise.
     assert mathematics == {f"{name.lower()}.py", "base.py", "policies.py", "networks.py", "buffers.py", "trees.py"}
     assert everything - mathematics == {"envs.py", "adapters.py", "noise.py"}

@@ -1,8 +1,9 @@
-"""Bad input gets one clear error that names the argument or the environment, before anything is trained or overwritten."""
+"""Bad input gets one clear error that names the argument or the environment, before anything is trained or lost."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,18 @@ def test_custom_objects_of_other_algorithms_are_ignored(tmp_path: Path) -> None:
     A2C("MlpPolicy", "CartPole-v1", **TINY).save(tmp_path / "model")
     model = A2C.load(tmp_path / "model", custom_objects={"clip_range": 0.1, "gamma": 0.5})
     assert model.gamma == 0.5
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_a_run_too_short_to_learn_anything_says_so(cls: Any) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", **{**OFF, "learning_starts": 50})
+    with pytest.warns(UserWarning, match=r"nothing will be learned.* 50 transitions \(learning_starts\).* be 50"):
+        model.learn(50)
+    assert model.n_updates == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(1, reset_num_timesteps=False)  # the buffer holds enough by now
+    assert model.n_updates == 1
 
 
 @pytest.mark.parametrize("cls", [DDPG, TD3])

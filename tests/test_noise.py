@@ -340,7 +340,7 @@ def test_state_is_a_copy():
 
 @pytest.mark.parametrize("kind", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
 def test_bad_mean_and_sigma(kind):
-    with pytest.raises(ValueError, match="sigma must not be negative, got -0.1"):
+    with pytest.raises(ValueError, match=r"sigma must not be negative, got -0.1"):
         kind(0.0, -0.1)
     with pytest.raises(ValueError, match="mean must be finite, got nan"):
         kind(np.nan, 0.1)

@@ -41,5 +41,5 @@ def test_values_are_read_as_data() -> None:
     assert isinstance(noise, NormalActionNoise)
     with pytest.raises(ValueError, match="kind"):
         read_value("action_noise", {"kind": "brown"})
-    with pytest.raises(ValueError, match="activation_fn.*'RELUU'.*'ReLU'"):
+    with pytest.raises(ValueError, match=r"activation_fn.*'RELUU'.*'ReLU'"):
         read_value("policy_kwargs", {"activation_fn": "RELUU"})
