@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,6 @@ from typing import Any, TextIO
 
 import gymnasium
 import numpy as np
-import torch
 
 import sbac
 from sbac.base import BaseAlgorithm
@@ -27,11 +27,20 @@ from sbac.guards import EnvironmentFault, NotFiniteError, require_whole
 from sbac.loading import ALGORITHMS, algorithm, inspect, load
 from sbac.logger import configure
 from sbac.plotting import plot_learning_curve
-from sbac.recipes import read_recipe, read_value
+from sbac.recipes import read_recipe, read_value, registered_id
 from sbac.video import check_film, write_video
 
 DEFAULT_ALGORITHM, DEFAULT_ENV = "a2c", "CartPole-v1"
 DEFAULT_STEPS = 100_000  # where neither --steps nor a recipe says how long
+OPTIONS_OF_THEIR_OWN = {
+    "env": "name the environment after the algorithm",
+    "policy": "use --policy",
+    "seed": "use --seed",
+    "device": "use --device",
+    "verbose": "use --verbose",
+    "n_timesteps": "use --steps",
+    "tensorboard_log": "the folder of the run holds event files as it is; use --out",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,19 +163,20 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     # Everything is checked before the folder is made.
     cls = algorithm(options.algorithm)
-    arguments = _hyperparameters(options)
+    options.env = registered_id(options.env)
+    arguments, remark = _hyperparameters(options)
     recommended = arguments.pop("n_timesteps", DEFAULT_STEPS)
     steps = require_whole("--steps", recommended if options.steps is None else options.steps, 1)
     eval_freq = require_whole("--eval-freq", max(steps // 20, 1) if options.eval_freq is None else options.eval_freq, 0)
     n_eval_episodes = require_whole("--eval-episodes", options.eval_episodes, 1)
-    _require_device(options.device)
     model = cls(options.policy, options.env, seed=options.seed, device=options.device, **arguments)
 
     with _interruption() as interruption:
         folder = _new_folder(options.out, cls.__name__, options.env)
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "none but the defaults"
+        told = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}")
-        print(f"hyperparameters: {given}\nfolder: {folder}")
+        print("hyperparameters:", "; ".join(filter(None, (told, remark))) or "none but the defaults")
+        print(f"folder: {folder}")
         _write_config(folder, model, options.env, steps, arguments)
         model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
         callbacks: list[BaseCallback] = [interruption]
@@ -222,35 +232,40 @@ def _learn(
     return code
 
 
-def _require_device(device: str) -> None:
-    """Refuse a device that torch does not know, or that this machine or this build of torch does not have."""
-    try:
-        torch.zeros(1, device="cpu" if device == "auto" else device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device}: torch cannot compute there; name another, or auto ({reason})") from error
-
-
-def _hyperparameters(options: argparse.Namespace) -> dict[str, Any]:
-    """From the recipe, overridden by what the command line says."""
-    data = {} if options.no_recipe else read_recipe(options.algorithm, options.env)
+def _hyperparameters(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """From the recipe, overridden by what the command line says; and what is to be said of the recipe."""
+    recipe, remark = {} if options.no_recipe else read_recipe(options.algorithm, options.env), ""
+    assignments = [_assignment(text) for text in options.set]
+    if any(name == "preset" and value is not None for name, _, value in assignments):
+        # The two are whole sets of values: mixed, they would be neither.
+        remark = "the preset takes the place of the recipe" if recipe else ""
+        recipe = {}
+    elif not recipe and not options.no_recipe:
+        remark = f"no recipe for {options.env}: the defaults"
+    data = dict(recipe)
     if options.n_envs is not None:
         data["n_envs"] = options.n_envs
-    for assignment in options.set:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, not {assignment!r}")
-        table, dot, key = name.strip().partition(".")
-        if not dot:
-            data[table] = _value(text)
+    for table, key, value in assignments:
+        if not key:
+            data[table] = value
         elif key == "kind" or not isinstance(data.get(table), dict):
-            data[table] = {key: _value(text)}  # the entries of another kind would mean nothing
+            data[table] = {key: value}  # the entries of another kind would mean nothing
         else:
-            data[table] = {**data[table], key: _value(text)}
-    for reserved in ("env", "policy", "seed", "device"):
-        if reserved in data:
-            raise ValueError(f"--set {reserved}=...: the command line has an argument of its own for this")
-    return {name: read_value(name, value) for name, value in data.items()}
+            data[table] = {**data[table], key: value}
+    return {name: read_value(name, value) for name, value in data.items()}, remark
+
+
+def _assignment(text: str) -> tuple[str, str, Any]:
+    """NAME=VALUE or TABLE.KEY=VALUE as (name, "", value) or (table, key, value)."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes NAME=VALUE, not {text!r}")
+    table, _, key = name.strip().partition(".")
+    if table in OPTIONS_OF_THEIR_OWN:
+        raise ValueError(f"--set {table}=...: {OPTIONS_OF_THEIR_OWN[table]}")
+    if table.endswith("_class"):
+        raise ValueError(f"--set {table}=...: a class can be given from Python only")
+    return table, key, _value(value)
 
 
 def _value(text: str) -> Any:
@@ -265,15 +280,22 @@ def _value(text: str) -> Any:
 
 
 def _new_folder(wanted: Path | None, name: str, env_id: str) -> Path:
+    """Make the folder of a run, which is this run's alone, also where others start at the same time."""
     if wanted is not None:
-        if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-            raise FileExistsError(f"--out {wanted} exists already and was left as it is: name another, or remove it")
-        folder = wanted
-    else:
-        number = 1
-        while (folder := Path("runs") / f"{name}_{env_id.replace('/', '-').replace(':', '-')}_{number}").exists():
-            number += 1
-    folder.mkdir(parents=True, exist_ok=True)
+        if wanted.is_dir() and not any(wanted.iterdir()):
+            return wanted
+        try:
+            wanted.mkdir(parents=True)
+        except FileExistsError:
+            raise FileExistsError(
+                f"--out {wanted} exists already and was left as it is: name another, or remove it"
+            ) from None
+        return wanted
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{name}_{env_id.replace('/', '-').replace(':', '-')}_{number}"
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
     return folder
 
 
@@ -286,7 +308,8 @@ def _write_config(folder: Path, model: BaseAlgorithm, env_id: str, steps: int, a
         "arguments": encode(arguments)[0],
         "sbac": sbac.__version__,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with (folder / "config.json").open("x", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2) + "\n")
 
 
 class _Interruption(BaseCallback):
@@ -355,7 +378,6 @@ def _env_of(options: argparse.Namespace, file: Path) -> str:
 def _eval(options: argparse.Namespace) -> int:
     n_episodes = require_whole("--episodes", options.episodes, 1)
     require_whole("--n-envs", options.n_envs, 1)
-    _require_device(options.device)
     file = _model_file(options.model)
     env_id = _env_of(options, file)
     env = make_environments(env_id, options.n_envs)
@@ -378,7 +400,6 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _watch(options: argparse.Namespace) -> int:
     n_episodes = require_whole("--episodes", options.episodes, 1)
-    _require_device(options.device)
     if options.video is not None:
         check_film(options.video)
     file = _model_file(options.model)

@@ -70,6 +70,52 @@ def test_default_folders_are_numbered(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["A2C_CartPole-v1_1", "A2C_CartPole-v1_2"]
 
 
+def test_runs_that_start_at_once_have_folders_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def late(path: Path, *arguments: Any, **keywords: Any) -> None:
+        """Another run takes the first number just before this one does."""
+        if path.name.endswith("_1"):
+            mkdir(path, parents=True)
+        mkdir(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    assert main("train --steps 16 --eval-freq 0".split()) == 0
+    assert list((folder / "runs/A2C_CartPole-v1_1").iterdir()) == []
+    assert (folder / "runs/A2C_CartPole-v1_2/model.zip").exists()
+
+
+def test_an_empty_folder_may_be_the_runs(folder: Path) -> None:
+    (folder / "run").mkdir()
+    assert main("train --steps 16 --eval-freq 0 --out run".split()) == 0
+    assert (folder / "run/model.zip").exists()
+
+
+def test_a_preset_takes_the_place_of_the_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "train td3 Pendulum-v1 --steps 5 --out run --eval-freq 0 --set preset=paper".split()
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "hyperparameters: preset='paper'; the preset takes the place of the recipe\n" in printed
+    model = load("run/model.zip")
+    assert (model.batch_size, model.gamma) == (100, 0.99)  # the paper's; the recipe has 0.98
+
+
+def test_an_id_without_a_version_has_its_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train a2c CartPole --steps 16 --eval-freq 0".split()) == 0
+    assert "A2C on CartPole-v1: 16 steps, seed 0\nhyperparameters: n_envs=8\n" in capsys.readouterr().out
+    assert load("runs/A2C_CartPole-v1_1/model.zip").n_envs == 8
+
+
+def test_a_missing_recipe_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "train a2c Acrobot-v1 --steps 16 --eval-freq 0".split()
+    assert main(words) == 0
+    assert "hyperparameters: no recipe for Acrobot-v1: the defaults\n" in capsys.readouterr().out
+    assert main([*words, "--set", "gamma=0.9"]) == 0
+    assert "hyperparameters: gamma=0.9; no recipe for Acrobot-v1: the defaults\n" in capsys.readouterr().out
+    assert main([*words, "--no-recipe"]) == 0
+    assert "hyperparameters: none but the defaults\n" in capsys.readouterr().out
+
+
 def test_set_overrides_the_recipe(folder: Path) -> None:
     arguments = [
         "--set gamma=0.5",
@@ -102,18 +148,23 @@ def test_set_overrides_the_recipe(folder: Path) -> None:
         ("train a2c CartPole-v1 --set gama=0.9", ["no argument 'gama'", "'gamma'"]),
         ("train a2c CartPole-v1 --set gamma=1.5", ["gamma", "at most 1", "1.5"]),
         ("train a2c CartPole-v1 --set gamma", ["NAME=VALUE", "'gamma'"]),
-        ("train a2c CartPole-v1 --set seed=3", ["seed", "argument of its own"]),
+        ("train a2c CartPole-v1 --set seed=3", ["--set seed=", "use --seed"]),
+        ("train a2c CartPole-v1 --set verbose=abc", ["--set verbose=", "use --verbose"]),
+        ("train a2c CartPole-v1 --set n_timesteps=9", ["--set n_timesteps=", "use --steps"]),
+        ("train a2c CartPole-v1 --set tensorboard_log=tb", ["--set tensorboard_log=", "event files"]),
+        ("train a2c CartPole-v1 --set stats_window_size=abc", ["stats_window_size", "'abc'"]),
+        ("train a2c CartPole-v1 --set rollout_buffer_class=abc", ["--set rollout_buffer_class=", "from Python only"]),
+        ("train td3 Pendulum-v1 --set preset=papre", ["no preset 'papre'", "'paper'"]),
         ("train a2c CartPole-v1 --set policy_kwargs.net_arc=[8]", ["'net_arc'", "'net_arch'"]),
         ("train ddpg CartPole-v1", ["Discrete(2)", "DDPG"]),
         ("train a2c CartPole-v1 --steps -3", ["--steps", "-3"]),
-        ("train a2c CartPole-v1 --device gpu9", ["--device", "gpu9"]),
+        ("train a2c CartPole-v1 --device gpu9", ["device", "gpu9"]),
         ("train ddpg Pendulum-v1 --set buffer_size=1e13", ["buffer_size", "memory"]),
         ("train a2c CartPole-v1 --set n_steps=1e12", ["allocate", "1000000000000"]),
         ("train a2c CartPole-v1 --eval-episodes 0", ["--eval-episodes", "at least 1", "0"]),
         ("train a2c CartPole-v1 --eval-freq -5", ["--eval-freq", "at least 0", "-5"]),
         ("eval nothing.zip", ["nothing.zip"]),
         ("eval nothing.zip --episodes 0", ["--episodes", "at least 1", "0"]),
-        ("eval nothing.zip --device gpu9", ["--device", "gpu9"]),
         ("watch nothing.zip --episodes 0", ["--episodes", "at least 1", "0"]),
         ("inspect nothing.zip", ["nothing.zip"]),
         ("plot nothing", ["nothing"]),
@@ -133,7 +184,8 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
 def test_a_device_that_this_torch_lacks_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("train a2c CartPole-v1 --device cuda".split()) == 2
     errors = capsys.readouterr().err.strip()
-    assert errors.startswith("sbac train: --device cuda: ")
+    assert errors.startswith("sbac train: device")
+    assert "'cuda'" in errors
     assert len(errors.splitlines()) == 1
     assert list(folder.iterdir()) == []
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sbac.loading import ALGORITHMS
 from sbac.noise import NormalActionNoise
-from sbac.recipes import load_recipe, read_value
+from sbac.recipes import load_recipe, read_value, registered_id
 from sbac.schedules import LinearSchedule
 
 RECIPES = [
@@ -31,6 +31,15 @@ def test_each_recipe_builds_a_model(name: str, env_id: str) -> None:
 def test_no_recipe_is_empty() -> None:
     assert load_recipe("a2c", "NoSuchEnvironment-v0") == {}
     assert load_recipe("nothing", "CartPole-v1") == {}
+
+
+def test_an_id_without_a_version_is_its_newest() -> None:
+    assert registered_id("CartPole") == "CartPole-v1"
+    assert registered_id("some.module:CartPole") == "some.module:CartPole-v1"
+    for env_id in ("CartPole-v0", "CartPole-v1", "NoSuchEnvironment", "no id?"):
+        assert registered_id(env_id) == env_id
+    assert load_recipe("a2c", "CartPole") == load_recipe("a2c", "CartPole-v1") != {}
+    assert load_recipe("a2c", "CartPole-v0") == {}
 
 
 def test_values_are_read_as_data() -> None:

@@ -10,6 +10,8 @@ import tomllib
 from importlib import resources
 from typing import Any
 
+import gymnasium
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from torch import nn
 
 from sbac.guards import nearest
@@ -22,7 +24,7 @@ def load_recipe(algorithm: str, env_id: str) -> dict[str, Any]:
 
     Args:
         algorithm: Such as "ddpg".
-        env_id: Such as "Pendulum-v1".
+        env_id: Such as "Pendulum-v1"; "Pendulum" is its newest version.
 
     Returns:
         Constructor arguments by name, and ``n_timesteps``; empty where there is no recipe.
@@ -35,8 +37,21 @@ def read_recipe(algorithm: str, env_id: str) -> dict[str, Any]:
     file = resources.files(__name__) / f"{algorithm.lower()}.toml"
     if not file.is_file():
         return {}
-    recipe: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get(env_id, {})
+    recipe: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get(registered_id(env_id), {})
     return recipe
+
+
+def registered_id(env_id: str) -> str:
+    """The id that Gymnasium resolves one without a version to; any other id as it is."""
+    module, colon, registered = env_id.rpartition(":")
+    if registered in gymnasium.registry:
+        return env_id
+    try:
+        namespace, name, version = parse_env_id(registered)
+    except gymnasium.error.Error:
+        return env_id
+    newest = find_highest_version(namespace, name) if version is None else None
+    return env_id if newest is None else f"{module}{colon}{get_env_id(namespace, name, newest)}"
 
 
 def read_value(name: str, value: Any) -> Any:
