@@ -7,7 +7,7 @@ handling each. Laid flat, each of these is one operation on one tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -155,6 +155,9 @@ _MODELESS = (
 class Trainable(nn.Module):
     """A module whose trainable parameters are views of one flat tensor.
 
+    Others may replace a parameter's storage or gradient (`zero_grad`, `vector_to_parameters`, `double().float()`),
+    freeze it or thaw it: `gradient`, `step` and `follow` notice, and lay the values into the same flat tensor again.
+
     Attributes:
         flat: All trainable parameters, (n_parameters,), with `flat.grad` likewise; set by `flatten`.
         optimizer: Steps along `flat.grad`; set by `set_optimizer`. Target networks have none.
@@ -164,36 +167,117 @@ class Trainable(nn.Module):
     optimizer: torch.optim.Optimizer
 
     def flatten(self) -> None:
-        """Lay the parameters out in one tensor. To be called once, after construction and the move to a device."""
+        """Lay the parameters out in one tensor. To be called once, after construction and the move to a device.
+
+        Raises:
+            ValueError: There is none that requires a gradient, or they are of several dtypes or devices.
+        """
         self._leaves = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self._left_out = [parameter for parameter in self.parameters() if not parameter.requires_grad]
         kinds = {(leaf.dtype, leaf.device) for leaf in self._leaves}
         if len(kinds) != 1:
             raise ValueError(
                 f"{type(self).__name__} needs trainable parameters of one dtype on one device, "
                 f"got {sorted(map(str, kinds))}"
             )
-        flat = nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves]))
-        flat.grad = torch.zeros_like(flat)
-        start = 0
-        for leaf in self._leaves:
-            stop = start + leaf.numel()
-            leaf.data = flat.detach()[start:stop].view_as(leaf)
-            leaf.grad = flat.grad[start:stop].view_as(leaf)
-            start = stop
+        # Not registered as a parameter of the module: it would appear twice in its state.
+        object.__setattr__(self, "flat", nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves])))
+        self._lay()
         self._has_modes = any(
             type(module) not in _MODELESS and not type(module).__module__.startswith("sbac.")
             for module in self.modules()
         )
-        self._buffer_list = list(self.buffers())
-        # Not registered as a parameter of the module: it would appear twice in its state.
-        object.__setattr__(self, "flat", flat)
 
-    def set_optimizer(self, optimizer_class: type[torch.optim.Optimizer], learning_rate: float, **kwargs: Any) -> None:
-        """Give the module its optimizer, fused where torch has such a kernel."""
+    def _lay(self) -> None:
+        """Make the leaves views of `flat`, which takes over their values."""
+        flat = self.flat.detach()
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for leaf in self._leaves:
+            if (leaf.dtype, leaf.device) != (flat.dtype, flat.device):
+                raise ValueError(
+                    f"{type(self).__name__} was made with parameters of {flat.dtype} on {flat.device}, but "
+                    f"{names.get(id(leaf))} is now of {leaf.dtype} on {leaf.device}: move it back before it learns on"
+                )
+        for parameter in self._left_out:
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{type(self).__name__}: {names.get(id(parameter))} was frozen when the network was made, and "
+                    "cannot learn now: make it with requires_grad=True, and freeze it afterwards"
+                )
+
+        flat.copy_(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves]))
+        self._before = flat.clone()
+        self._gradient = self.flat.grad = torch.zeros_like(flat)
+        self._layout: list[tuple[nn.Parameter, Tensor, int, bool]] = []
+        self._frozen: list[slice] = []
+        start = 0
+        for leaf in self._leaves:
+            span = slice(start, start + leaf.numel())
+            leaf.data = flat[span].view_as(leaf)
+            view = leaf.grad = self._gradient[span].view_as(leaf)
+            self._layout.append((leaf, view, leaf.data_ptr(), leaf.requires_grad))
+            if not leaf.requires_grad:
+                self._frozen.append(span)
+            start = span.stop
+        self._learning = [leaf for leaf in self._leaves if leaf.requires_grad]
+        self._buffer_list = list(self.buffers())
+
+    def _lay_if_moved(self) -> None:
+        """As `_lay`, where somebody replaced what it made, or froze or thawed a parameter."""
+        moved = self.flat.grad is not self._gradient
+        for leaf, view, address, learns in self._layout:
+            if leaf.grad is not view or leaf.data_ptr() != address or leaf.requires_grad is not learns:
+                moved = True
+        if moved or (self._left_out and any(parameter.requires_grad for parameter in self._left_out)):
+            self._lay()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views become tensors of their own in a copy or a pickle: leave out what `_lay` makes anew.
+        made = ("_before", "_gradient", "_layout", "_frozen", "_learning", "_buffer_list")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "flat" in state:
+            self._lay()
+
+    def set_optimizer(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        learning_rate: float,
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        **defaults: Any,
+    ) -> None:
+        """Give the module its optimizer, fused where torch has such a kernel.
+
+        Args:
+            optimizer_class: Such as `torch.optim.Adam`.
+            learning_rate: Step size.
+            optimizer_kwargs: Its further arguments.
+            **defaults: Arguments that `optimizer_kwargs` may override.
+
+        Raises:
+            ValueError: No class of an optimizer, or arguments that it does not have or does not take.
+        """
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise ValueError(
+                "optimizer_class (an argument, or in policy_kwargs) must be a subclass of torch.optim.Optimizer, such "
+                f"as torch.optim.Adam, not {optimizer_class!r}"
+            )
+        if not (optimizer_kwargs is None or isinstance(optimizer_kwargs, Mapping)):
+            raise ValueError(
+                f"policy_kwargs: optimizer_kwargs must be a dict of the optimizer's arguments, not {optimizer_kwargs!r}"
+            )
+        kwargs = {**defaults, **(optimizer_kwargs or {})}
+        if "lr" in kwargs:
+            raise ValueError("policy_kwargs: optimizer_kwargs must not hold lr, which learning_rate sets")
         if optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
             kwargs.setdefault("fused", True)
         make: Callable[..., torch.optim.Optimizer] = optimizer_class
-        self.optimizer = make([self.flat], lr=learning_rate, **kwargs)
+        try:
+            self.optimizer = make([self.flat], lr=learning_rate, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"policy_kwargs: optimizer_kwargs {kwargs}: {error}") from error
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """The step size from now on."""
@@ -206,7 +290,7 @@ class Trainable(nn.Module):
             self.train(mode)
 
     def descend(self, loss: Tensor, max_grad_norm: float | None = None) -> Tensor:
-        """One optimizer step down the gradient of a loss, with respect to this module's parameters only.
+        """One optimizer step down the gradient of a loss: `gradient` and `step`.
 
         Args:
             loss: A scalar.
@@ -216,12 +300,31 @@ class Trainable(nn.Module):
             The norm of the gradient before clipping, a scalar.
 
         Raises:
-            NotFiniteError: The loss or its gradient is NaN or infinite. The parameters are as they were.
+            NotFiniteError: The loss, its gradient or the parameters after the step are NaN or infinite. The parameters
+                are as they were.
         """
-        gradient = self.flat.grad
-        assert gradient is not None
+        norm = self.gradient(loss, max_grad_norm)
+        self.step()
+        return norm
+
+    def gradient(self, loss: Tensor, max_grad_norm: float | None = None) -> Tensor:
+        """Compute the gradient of a loss with respect to this module's parameters only, for `step`.
+
+        Args:
+            loss: A scalar.
+            max_grad_norm: The gradient is scaled down to this Euclidean norm where it is longer; None leaves it.
+
+        Returns:
+            The norm of the gradient before clipping, a scalar.
+
+        Raises:
+            NotFiniteError: The loss or its gradient is NaN or infinite.
+        """
+        self._lay_if_moved()
+        gradient = self._gradient
         gradient.zero_()
-        loss.backward(inputs=self._leaves)
+        if self._learning:
+            loss.backward(inputs=self._learning)
         norm = torch.linalg.vector_norm(gradient)
         if not math.isfinite(norm + loss.detach()):
             raise NotFiniteError(
@@ -231,8 +334,32 @@ class Trainable(nn.Module):
             )
         if max_grad_norm is not None:
             gradient.mul_((max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
-        self.optimizer.step()
         return norm
+
+    def step(self) -> None:
+        """One optimizer step along the gradient that `gradient` computed. Frozen parameters stay.
+
+        Raises:
+            NotFiniteError: A parameter would be NaN or infinite. The parameters are as they were.
+        """
+        flat = self.flat.detach()
+        self._before.copy_(flat)
+        if self._learning:
+            self.optimizer.step()
+        for span in self._frozen:
+            # Momentum and weight decay move what has no gradient.
+            flat[span] = self._before[span]
+        # A sum is finite only if every element is; where it overflows, the elements are looked at after all.
+        if not math.isfinite(flat.sum()) and not flat.isfinite().all():
+            self.undo_step()
+            raise NotFiniteError(
+                f"{type(self).__name__}: the optimizer's step leads to weights that are NaN or infinite; the weights "
+                "are those of before this update: try a smaller learning rate"
+            )
+
+    def undo_step(self) -> None:
+        """Give the parameters the values that they had before the last `step`. The optimizer's moments stay."""
+        self.flat.detach().copy_(self._before)
 
     @torch.no_grad()
     def follow(self, source: Trainable, tau: float) -> None:
@@ -240,6 +367,8 @@ class Trainable(nn.Module):
 
         Buffers that are no parameters (running statistics of normalisation layers) are copied.
         """
+        self._lay_if_moved()
+        source._lay_if_moved()
         self.flat.data.lerp_(source.flat.data, tau)
         for own, other in zip(self._buffer_list, source._buffer_list, strict=True):
             own.copy_(other)

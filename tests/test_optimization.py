@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -264,6 +265,254 @@ def test_training_mode_is_set_on_all_layers() -> None:
     assert not net.first.training
     net.set_training_mode(True)
     assert net.first.training
+
+
+# What others do to the parameters.
+
+
+def descended(net: Net, seed: int) -> Net:
+    net.descend(loss_of(net, seed))
+    return net
+
+
+def replace_values(net: Net) -> None:
+    nn.utils.vector_to_parameters(torch.linspace(-1, 1, net.flat.numel()), trainable(net))
+
+
+def go_through_float64(net: Net) -> None:
+    net.double().float()
+
+
+def learn_by_hand(net: Net) -> None:
+    net.zero_grad()
+    loss_of(net, 5).backward()
+
+
+MEDDLERS: dict[str, Callable[[Net], Any]] = {
+    "zero_grad": lambda net: net.zero_grad(),
+    "the optimizer's zero_grad": lambda net: net.optimizer.zero_grad(),
+    "the optimizer's zero_grad, to zero": lambda net: net.optimizer.zero_grad(set_to_none=False),
+    "vector_to_parameters": replace_values,
+    "double and float": go_through_float64,
+    "gradients of another loss": learn_by_hand,
+}
+
+
+@pytest.mark.parametrize("meddle", MEDDLERS)
+def test_learning_goes_on_whatever_became_of_storage_and_gradients(meddle: str) -> None:
+    net, separate = flat_net(), Net()
+    flat = net.flat
+    net.set_optimizer(torch.optim.Adam, 0.01)
+    optimizer = torch.optim.Adam(trainable(separate), lr=0.01)
+    for seed in range(4):
+        if seed == 2:
+            MEDDLERS[meddle](net)
+            # The other network gets the values, and keeps its optimizer.
+            values = nn.utils.parameters_to_vector(trainable(net)).detach().clone()
+            start = 0
+            for parameter in trainable(separate):
+                parameter.data.copy_(values[start : start + parameter.numel()].view_as(parameter))
+                start += parameter.numel()
+        loss = loss_of(net, seed)
+        if seed == 3 and "zero_grad" in meddle:
+            MEDDLERS[meddle](net)
+        net.descend(loss)
+        optimizer.zero_grad()
+        loss_of(separate, seed).backward()
+        optimizer.step()
+        for own, same in zip(trainable(net), trainable(separate), strict=True):
+            torch.testing.assert_close(own, same, atol=1e-6, rtol=0)
+    assert net.flat is flat
+    assert net.flat.data_ptr() == net.first.weight.data_ptr()
+
+
+@pytest.mark.parametrize("whose", ["target", "source"])
+@pytest.mark.parametrize("meddle", ["vector_to_parameters", "double and float"])
+def test_a_target_follows_whatever_became_of_storage(meddle: str, whose: str) -> None:
+    target, source = flat_net(1), flat_net(2)
+    MEDDLERS[meddle](target if whose == "target" else source)
+    source.running.fill_(5)
+    expected = [0.25 * new + 0.75 * old for new, old in zip(trainable(source), trainable(target), strict=True)]
+    target.follow(source, 0.25)
+    for own, formula in zip(trainable(target), expected, strict=True):
+        torch.testing.assert_close(own, formula)
+    assert (target.running == 5).all()
+
+
+def test_parameters_of_another_dtype_do_not_learn() -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.SGD, 0.1)
+    net.double()
+    with pytest.raises(ValueError, match=r"made with parameters of torch.float32 .* first.weight is now of .*float64"):
+        net.descend(loss_of(net, 0, torch.float64))
+    descended(net.float(), 0)
+
+
+# Frozen parameters.
+
+
+@pytest.mark.parametrize(("optimizer_class", "kwargs"), OPTIMIZERS)
+def test_frozen_parameters_keep_their_values_while_the_others_learn(
+    optimizer_class: Callable[..., torch.optim.Optimizer], kwargs: dict[str, Any]
+) -> None:
+    net, separate = flat_net(), Net()
+    net.set_optimizer(optimizer_class, 0.01, **kwargs)  # type: ignore[arg-type]
+    optimizer = optimizer_class(trainable(separate), lr=0.01, **kwargs)
+    descended(net, 0)
+    loss_of(separate, 0).backward()
+    optimizer.step()
+
+    net.first.requires_grad_(False)
+    separate.first.requires_grad_(False)
+    frozen = copy.deepcopy(net.first.state_dict())
+    for seed in (1, 2):
+        norm = net.descend(loss_of(net, seed))
+        optimizer.zero_grad()
+        loss_of(separate, seed).backward()
+        optimizer.step()
+        # The norm is that of what learns.
+        torch.testing.assert_close(norm, nn.utils.get_total_norm([p.grad for p in trainable(separate)]))
+    for name, value in net.first.state_dict().items():
+        assert torch.equal(value, frozen[name])
+    for own, same in zip(net.second.parameters(), separate.second.parameters(), strict=True):
+        torch.testing.assert_close(own, same, atol=1e-6, rtol=0)
+
+    net.first.requires_grad_(True)
+    descended(net, 3)
+    assert not torch.equal(net.first.weight, frozen["weight"])
+
+
+def test_a_network_that_is_all_frozen_stays() -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.Adam, 0.01, weight_decay=0.1)
+    descended(net, 0)
+    before = net.flat.clone()
+    net.requires_grad_(False)
+    assert net.descend(loss_of(net, 1), max_grad_norm=0.5) == 0
+    assert torch.equal(net.flat, before)
+
+
+def test_what_was_frozen_at_the_start_says_that_it_cannot_learn() -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.SGD, 0.1)
+    net.scale.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"Net: scale was frozen when the network was made, and cannot learn now"):
+        descended(net, 0)
+
+
+# Copies.
+
+
+def through_pickle(net: Net) -> Net:
+    return pickle.loads(pickle.dumps(net))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("n_steps", [0, 2])
+def test_a_copy_learns_the_same_and_apart(duplicate: Callable[[Net], Net], n_steps: int) -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.Adam, 0.01)
+    for seed in range(n_steps):
+        descended(net, seed)
+    before = net.flat.clone()
+
+    twin = duplicate(net)
+    assert torch.equal(twin.flat, before)
+    for seed in (3, 4):
+        descended(twin, seed)
+    assert torch.equal(net.flat, before)
+    assert torch.equal(nn.utils.parameters_to_vector(trainable(twin)), twin.flat)
+    assert not torch.equal(twin.flat, before)
+    for seed in (3, 4):
+        descended(net, seed)
+    # Equal, so that the copy has the optimizer's moments too.
+    assert torch.equal(twin.flat, net.flat)
+    assert twin.optimizer.param_groups[0]["params"][0] is twin.flat
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+def test_a_module_that_was_not_flattened_can_be_copied(duplicate: Callable[[Net], Net]) -> None:
+    net = Net()
+    twin = duplicate(net)
+    twin.flatten()
+    assert torch.equal(twin.flat, flat_net().flat)
+
+
+# Gradient and step apart.
+
+
+def test_gradient_and_step_are_descend_in_two() -> None:
+    net, same = flat_net(), flat_net()
+    for each in (net, same):
+        each.set_optimizer(torch.optim.Adam, 0.01)
+    norm = net.gradient(loss_of(net, 0), max_grad_norm=0.5)
+    assert torch.equal(net.flat, same.flat)
+    net.step()
+    assert torch.equal(norm, same.descend(loss_of(same, 0), max_grad_norm=0.5))
+    assert torch.equal(net.flat, same.flat)
+
+
+def test_a_step_can_be_undone() -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.Adam, 0.01)
+    net.undo_step()  # nothing, as there was none
+    assert torch.equal(net.flat, flat_net().flat)
+    before = descended(net, 0).flat.clone()
+    descended(net, 1)
+    assert not torch.equal(net.flat, before)
+    net.undo_step()
+    assert torch.equal(net.flat, before)
+    assert torch.equal(nn.utils.parameters_to_vector(trainable(net)), before)
+
+
+@pytest.mark.parametrize("rate", [math.inf, 3e38])
+def test_a_step_to_where_no_number_is_is_not_taken(rate: float) -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.SGD, rate)
+    before = net.flat.clone()
+    with pytest.raises(NotFiniteError, match=r"Net: the optimizer's step leads to weights .* smaller learning rate"):
+        net.descend(100 * loss_of(net, 0))
+    assert torch.equal(net.flat, before)
+
+
+def test_large_weights_are_finite() -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.SGD, 1.0)
+    with torch.no_grad():
+        net.flat.fill_(3e38)
+    net.descend(net.second.bias.sum() * 0)
+    assert (net.flat == 3e38).all()
+
+
+# The optimizer's arguments.
+
+
+@pytest.mark.parametrize("wrong", ["Adam", None, nn.Linear, torch.optim])
+def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"optimizer_class .* must be a subclass of torch.optim.Optimizer, .*, not "):
+        flat_net().set_optimizer(wrong, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (3, "must be a dict of the optimizer's arguments, not 3"),
+        ([("eps", 1)], "must be a dict"),
+        ({"epsilon": 1e-5}, "{'epsilon': 1e-05, .*epsilon"),
+        ({"betas": (2, 2)}, "Invalid beta"),
+        ({"lr": 0.1}, "must not hold lr, which learning_rate sets"),
+    ],
+)
+def test_wrong_arguments_of_an_optimizer_are_named(wrong: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=f"policy_kwargs: optimizer_kwargs .*{text}".replace(" .*must", " must")):
+        flat_net().set_optimizer(torch.optim.Adam, 0.1, wrong)
+
+
+def test_arguments_of_an_optimizer_win_over_defaults() -> None:
+    net = flat_net()
+    net.set_optimizer(torch.optim.Adam, 0.1, {"eps": 1e-3}, eps=1e-5, weight_decay=0.1)
+    assert net.optimizer.param_groups[0]["eps"] == 1e-3
+    assert net.optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
 # RMSprop as in TensorFlow.
