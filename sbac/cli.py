@@ -337,8 +337,9 @@ class _Interruption(BaseCallback):
             raise KeyboardInterrupt
 
     def _say(self, text: str) -> None:
+        beside_the_bar = "\n" if os.isatty(2) else ""
         with suppress(OSError):
-            os.write(2, f"{text}\n".encode())
+            os.write(2, f"{beside_the_bar}{text}\n".encode())
 
     def _on_step(self) -> bool:
         return not self.asked
