@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.guards import NotFiniteError
-from sbac.trees import Tree, leaves, space_tree
+from sbac.trees import Tree, leaves, space_tree, tree_map
 
 
 class BaseFeaturesExtractor(nn.Module):
@@ -33,21 +34,17 @@ class BaseFeaturesExtractor(nn.Module):
 
 
 class FlattenExtractor(BaseFeaturesExtractor):
-    """A Box laid flat, or a Discrete observation as one-hot."""
+    """Lays each observation flat, as `preprocess` gives it."""
 
     def __init__(self, observation_space: spaces.Space[Any]) -> None:
         if isinstance(observation_space, spaces.Discrete):
             super().__init__(observation_space, int(observation_space.n))
-            self.start: int | None = int(observation_space.start)
         else:
             super().__init__(observation_space, math.prod(observation_space.shape or ()))
-            self.start = None
 
     def forward(self, obs: Tensor) -> Tensor:
-        """From (B, *obs_shape) to (B, features_dim), as float32."""
-        if self.start is not None:
-            return nn.functional.one_hot(obs.long() - self.start, self.features_dim).float()
-        return obs.reshape(len(obs), self.features_dim).float()
+        """From (B, *obs_shape), one-hot (B, n) where Discrete, to (B, features_dim)."""
+        return obs.reshape(len(obs), self.features_dim)
 
 
 class CombinedExtractor(BaseFeaturesExtractor):
@@ -59,8 +56,37 @@ class CombinedExtractor(BaseFeaturesExtractor):
         self.bodies = nn.ModuleList(bodies)
 
     def forward(self, obs: Tree) -> Tensor:
-        """From a tree of (B, *leaf_shape) to (B, features_dim), as float32."""
+        """From a tree of (B, *leaf_shape) to (B, features_dim)."""
         return torch.cat([body(leaf) for body, (_, leaf) in zip(self.bodies, leaves(obs), strict=True)], dim=1)
+
+
+def preprocess(obs: Tree, space: spaces.Space[Any], normalize_images: bool = True) -> Tree:
+    """Observations as an extractor gets them: floating-point numbers throughout. Buffers keep them as they are.
+
+    Args:
+        obs: A tensor (B, *obs_shape), or a tree of them where the space is one.
+        space: Of one observation.
+        normalize_images: Whether to divide the pixels of images, which are uint8 Boxes of three dimensions from 0 to
+            255, by 255.
+
+    Returns:
+        As float32: a Box in its shape, a Discrete as one-hot (B, n), a tree leaf by leaf.
+    """
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        return tree_map(lambda leaf, values: preprocess(values, leaf, normalize_images), space_tree(space), obs)
+    if isinstance(space, spaces.Discrete):
+        return nn.functional.one_hot(obs.long() - int(space.start), int(space.n)).float()
+    return obs.float() / 255 if normalize_images and is_image_space(space) else obs.float()
+
+
+def is_image_space(space: spaces.Space[Any]) -> bool:
+    """Whether observations are images: uint8 in three dimensions, from 0 to 255."""
+    return (
+        isinstance(space, spaces.Box)
+        and len(space.shape) == 3
+        and space.dtype == np.uint8
+        and bool((space.low == 0).all() and (space.high == 255).all())
+    )
 
 
 def default_extractor(observation_space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:

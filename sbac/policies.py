@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
-from sbac.guards import require_number, require_whole
+from sbac.envs import ActionCodec
+from sbac.guards import require_constant, require_whole
 from sbac.networks import (
     BaseFeaturesExtractor,
     Trainable,
@@ -20,7 +22,9 @@ from sbac.networks import (
     init_fan_in,
     init_orthogonal,
     init_uniform,
+    preprocess,
 )
+from sbac.observations import as_batch
 from sbac.trees import Tree, batch_size, tree_map
 
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
@@ -39,16 +43,138 @@ def split_net_arch(net_arch: NetArch, names: tuple[str, str]) -> tuple[list[int]
     """
     if isinstance(net_arch, Mapping):
         if set(net_arch) != set(names):
-            raise ValueError(f"net_arch needs the keys {names[0]!r} and {names[1]!r}, not {sorted(net_arch)}")
+            raise ValueError(
+                f"policy_kwargs: net_arch needs the keys {names[0]!r} and {names[1]!r}, not {sorted(net_arch)}"
+            )
         archs = (net_arch[names[0]], net_arch[names[1]])
     else:
         archs = (net_arch, net_arch)
-    if not all(isinstance(arch, Sequence) and all(isinstance(n, int) and n > 0 for n in arch) for arch in archs):
-        raise ValueError(f"net_arch lists the units of each hidden layer as positive whole numbers, not {net_arch!r}")
-    return list(archs[0]), list(archs[1])
+    if isinstance(net_arch, Sequence) and any(isinstance(entry, Mapping) for entry in net_arch):
+        raise ValueError(
+            "policy_kwargs: net_arch with a dict inside a list is the form of older Stable-Baselines; write "
+            f"net_arch=dict({names[0]}=[64, 64], {names[1]}=[64, 64]) with all layers of each network, not {net_arch!r}"
+        )
+    if not all(_is_arch(arch) for arch in archs):
+        raise ValueError(
+            f"policy_kwargs: net_arch lists the units of each hidden layer as positive whole numbers, not {net_arch!r}"
+        )
+    return [int(n) for n in archs[0]], [int(n) for n in archs[1]]
 
 
-class StochasticActorCritic(Trainable):
+def _is_arch(arch: object) -> bool:
+    return (
+        isinstance(arch, Sequence)
+        and not isinstance(arch, str)
+        and all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0 for n in arch)
+    )
+
+
+def check_module_class(name: str, value: object, example: str) -> None:
+    """Refuse an argument of a policy that is no class of layers.
+
+    Raises:
+        ValueError: Naming the argument and what was received.
+    """
+    if not (isinstance(value, type) and issubclass(value, nn.Module)):
+        raise ValueError(
+            f"policy_kwargs: {name} must be a subclass of torch.nn.Module, such as {example}, and not an instance or a "
+            f"function; it is {value!r}"
+        )
+
+
+def make_extractor(
+    observation_space: spaces.Space[Any],
+    features_extractor_class: type[BaseFeaturesExtractor] | None,
+    features_extractor_kwargs: Mapping[str, Any] | None,
+) -> BaseFeaturesExtractor:
+    """The body that was asked for, or the one for the space.
+
+    Raises:
+        ValueError: What was asked for is no class of layers, or its arguments are no dict.
+    """
+    if features_extractor_class is None:
+        features_extractor_class = default_extractor(observation_space)
+    check_module_class("features_extractor_class", features_extractor_class, "a subclass of BaseFeaturesExtractor")
+    if not (features_extractor_kwargs is None or isinstance(features_extractor_kwargs, Mapping)):
+        raise ValueError(
+            "policy_kwargs: features_extractor_kwargs must be a dict of the extractor's arguments, "
+            f"not {features_extractor_kwargs!r}"
+        )
+    return features_extractor_class(observation_space, **dict(features_extractor_kwargs or {}))
+
+
+class BasePolicy(nn.Module, ABC):
+    """What both policies offer to those who hold a policy without its algorithm.
+
+    Attributes:
+        observation_space: Of one environment.
+        action_space: Of one environment, in its own units.
+        device: Where the networks live.
+    """
+
+    def _set_spaces(
+        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], device: torch.device
+    ) -> None:
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.device = device
+        self._codec = ActionCodec(action_space)
+        # For `predict`, so that torch's global generator is left alone; of its seed, so that models' seeds reach it.
+        self._predict_generator = torch.Generator().manual_seed(torch.initial_seed())
+
+    @abstractmethod
+    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
+        """Actions (n, *action_shape), in the units of an algorithm, for observations (n, *obs_shape)."""
+
+    @abstractmethod
+    def set_training_mode(self, mode: bool) -> None:
+        """As `nn.Module.train`, but only for networks with layers to which the mode matters."""
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """The policy's action; as `BaseAlgorithm.predict`, for scripts that hold only the policy.
+
+        Args:
+            observation: One observation, (*obs_shape), or a batch, (n, *obs_shape).
+            state: Of a recurrent policy; passed through.
+            episode_start: For recurrent policies: where an episode begins, (n,) bool.
+            deterministic: The most probable action, or a draw. Draws come from a generator of the policy's own.
+
+        Returns:
+            The action in the environment's own units, (*action_shape) or (n, *action_shape), and the state.
+
+        Raises:
+            ValueError: The observation does not have the form of the observation space.
+            NotFiniteError: The observation holds NaN or infinity.
+        """
+        obs, single = as_batch(observation, self.observation_space)
+        self.set_training_mode(False)
+        native = self._codec.to_env(self.act(obs, deterministic, self._predict_generator))
+        return (native[0] if single else native), state
+
+    def obs_to_tensor(self, observation: Any) -> tuple[Tree, bool]:
+        """Observations as the networks take them.
+
+        Args:
+            observation: One observation, (*obs_shape), or a batch, (n, *obs_shape).
+
+        Returns:
+            A tensor (n, *obs_shape), or a tree of them, and whether a batch was given.
+
+        Raises:
+            ValueError: The observation does not have the form of the observation space.
+            NotFiniteError: The observation holds NaN or infinity.
+        """
+        obs, single = as_batch(observation, self.observation_space)
+        return obs_to_tensor(obs, self.device), not single
+
+
+class StochasticActorCritic(Trainable, BasePolicy):
     """pi(a|s) and V(s), for A2C and A3C.
 
     Args:
@@ -65,6 +191,7 @@ class StochasticActorCritic(Trainable):
             Tuple observations, else `FlattenExtractor`.
         features_extractor_kwargs: Its further arguments.
         share_features_extractor: One body for both, or one for each.
+        normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
     """
 
     def __init__(
@@ -81,21 +208,23 @@ class StochasticActorCritic(Trainable):
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: Mapping[str, Any] | None = None,
         share_features_extractor: bool = True,
+        normalize_images: bool = True,
     ) -> None:
         super().__init__()
-        self.observation_space = observation_space
-        self.action_space = action_space
-        self.device = device
+        self._set_spaces(observation_space, action_space, device)
+        self.normalize_images = normalize_images
 
         pi_arch, vf_arch = split_net_arch(net_arch, ("pi", "vf"))
-        kwargs = dict(features_extractor_kwargs or {})
-        features_extractor_class = features_extractor_class or default_extractor(observation_space)
-        self.features_extractor = features_extractor_class(observation_space, **kwargs)
+        check_module_class("activation_fn", activation_fn, "torch.nn.Tanh")
+        require_constant("policy_kwargs: log_std_init", log_std_init)
+        require_constant("policy_kwargs: dropout", dropout, minimum=0, below=1)
         self.share_features_extractor = share_features_extractor
+        extractor_arguments = observation_space, features_extractor_class, features_extractor_kwargs
+        self.features_extractor = make_extractor(*extractor_arguments)
         if share_features_extractor:
             self.vf_features_extractor = self.features_extractor
         else:
-            self.vf_features_extractor = features_extractor_class(observation_space, **kwargs)
+            self.vf_features_extractor = make_extractor(*extractor_arguments)
 
         features_dim = self.features_extractor.features_dim
         self.policy_net = nn.Sequential(*create_mlp(features_dim, 0, pi_arch, activation_fn, layer_norm, dropout))
@@ -117,11 +246,11 @@ class StochasticActorCritic(Trainable):
 
     def get_distribution(self, obs: Tensor) -> Distribution:
         """pi(.|s) for a batch of observations (B, *obs_shape)."""
-        return self._distribution(self.policy_net(self.features_extractor(obs)))
+        return self._distribution(self.policy_net(self.features_extractor(self._preprocess(obs))))
 
     def predict_values(self, obs: Tensor) -> Tensor:
         """V(s) for a batch of observations: (B,)."""
-        return self.value_net(self.vf_features_extractor(obs)).squeeze(-1)
+        return self.value_net(self.vf_features_extractor(self._preprocess(obs))).squeeze(-1)
 
     def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss needs.
@@ -133,6 +262,7 @@ class StochasticActorCritic(Trainable):
         Returns:
             V(s), log pi(a|s) and the entropy of pi(.|s), each (B,).
         """
+        obs = self._preprocess(obs)
         features = self.features_extractor(obs)
         vf_features = features if self.share_features_extractor else self.vf_features_extractor(obs)
         distribution = self._distribution(self.policy_net(features))
@@ -156,6 +286,9 @@ class StochasticActorCritic(Trainable):
         action = distribution.mode() if deterministic else distribution.sample(generator)
         return action, self.predict_values(obs), distribution.log_prob(action)
 
+    def _preprocess(self, obs: Tree) -> Tree:
+        return preprocess(obs, self.observation_space, self.normalize_images)
+
     def _distribution(self, latent: Tensor) -> Distribution:
         parameters = self.action_net(latent)
         if isinstance(self.action_space, spaces.Discrete):
@@ -167,24 +300,30 @@ class Actor(Trainable):
     """mu(s), in [-1, 1].
 
     Args:
+        observation_space: Of one environment.
         action_space: A Box.
         extractor: The body in front.
         net_arch: Hidden layers.
         activation_fn: After each hidden layer.
         layer_norm: Whether to normalise before each activation.
         final_init: The last layer's weights and biases are uniform in +-`final_init`; None keeps the fan-in rule.
+        normalize_images: Whether the pixels of images are divided by 255 in front of the body.
     """
 
     def __init__(
         self,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         extractor: BaseFeaturesExtractor,
         net_arch: Sequence[int],
         activation_fn: type[nn.Module],
         layer_norm: bool,
         final_init: float | None,
+        normalize_images: bool,
     ) -> None:
         super().__init__()
+        self.observation_space = observation_space
+        self.normalize_images = normalize_images
         self.features_extractor = extractor
         action_dim = int(np.prod(action_space.shape or ()))
         layers = create_mlp(extractor.features_dim, action_dim, net_arch, activation_fn, layer_norm)
@@ -195,7 +334,7 @@ class Actor(Trainable):
 
     def forward(self, obs: Tensor) -> Tensor:
         """(B, *obs_shape) -> (B, action_dim)."""
-        return self.mu(self.features_extractor(obs))
+        return self.mu(self.features_extractor(preprocess(obs, self.observation_space, self.normalize_images)))
 
 
 class QNetwork(nn.Module):
@@ -242,26 +381,39 @@ class Critic(Trainable):
     """An ensemble of Q(s, a) behind one body.
 
     Args:
+        observation_space: Of one environment.
         extractor: The body in front.
         q_networks: The members.
+        normalize_images: Whether the pixels of images are divided by 255 in front of the body.
     """
 
-    def __init__(self, extractor: BaseFeaturesExtractor, q_networks: Sequence[QNetwork]) -> None:
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        extractor: BaseFeaturesExtractor,
+        q_networks: Sequence[QNetwork],
+        normalize_images: bool,
+    ) -> None:
         super().__init__()
+        self.observation_space = observation_space
+        self.normalize_images = normalize_images
         self.features_extractor = extractor
         self.q_networks = nn.ModuleList(q_networks)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """(B, *obs_shape), (B, action_dim) -> (n_critics, B)."""
-        features = self.features_extractor(obs)
+        features = self._features(obs)
         return torch.stack([q_network(features, action) for q_network in self.q_networks])
 
     def q1_forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Q(s, a) of the first member only: (B,)."""
-        return self.q_networks[0](self.features_extractor(obs), action)
+        return self.q_networks[0](self._features(obs), action)
+
+    def _features(self, obs: Tree) -> Tensor:
+        return self.features_extractor(preprocess(obs, self.observation_space, self.normalize_images))
 
 
-class DeterministicActorCritic(nn.Module):
+class DeterministicActorCritic(BasePolicy):
     """mu(s), Q(s, a) and their targets, for DDPG and TD3.
 
     Args:
@@ -273,11 +425,13 @@ class DeterministicActorCritic(nn.Module):
         layer_norm: Whether to normalise before each activation.
         dropout: Share of each hidden layer's units that training leaves out of the critics, in [0, 1).
         n_critics: How many Q-networks.
-        action_layer: Where the action joins the critic: 0 at the input, 1 at the second layer.
+        action_layer: Where the action joins the critic: 0 at the input, 1 at the second layer, ...; None is the second
+            layer, or the input of a critic without hidden layers.
         final_init: Last layers' weights and biases are uniform in +-`final_init`; None leaves them to the fan-in rule.
         features_extractor_class: The body in front of each network; by default `CombinedExtractor` for Dict and
             Tuple observations, else `FlattenExtractor`.
         features_extractor_kwargs: Its further arguments.
+        normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
     """
 
     def __init__(
@@ -290,39 +444,47 @@ class DeterministicActorCritic(nn.Module):
         layer_norm: bool = False,
         dropout: float = 0.0,
         n_critics: int = 2,
-        action_layer: int = 0,
+        action_layer: int | None = 0,
         final_init: float | None = None,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: Mapping[str, Any] | None = None,
+        normalize_images: bool = True,
     ) -> None:
         super().__init__()
-        self.observation_space = observation_space
-        self.action_space = action_space
-        self.device = device
+        self._set_spaces(observation_space, action_space, device)
         pi_arch, qf_arch = split_net_arch(net_arch, ("pi", "qf"))
-        if not 0 <= action_layer <= len(qf_arch):
+        check_module_class("activation_fn", activation_fn, "torch.nn.ReLU")
+        if action_layer is None:
+            action_layer = min(1, len(qf_arch))
+        if not isinstance(action_layer, (int, np.integer)) or not 0 <= action_layer <= len(qf_arch):
             raise ValueError(
-                f"action_layer must be from 0 to {len(qf_arch)}, the critic's last layer, not {action_layer}"
+                f"policy_kwargs: action_layer must be from 0 to {len(qf_arch)}, the critic's last layer, "
+                f"not {action_layer!r}"
             )
+        joins_at = int(action_layer)
         require_whole("n_critics", n_critics, 1)
-        require_number("dropout", dropout, minimum=0, below=1)
+        require_constant("policy_kwargs: dropout", dropout, minimum=0, below=1)
+        if final_init is not None:
+            require_constant("policy_kwargs: final_init", final_init, minimum=0)
         action_dim = int(np.prod(action_space.shape or ()))
 
         def extractor() -> BaseFeaturesExtractor:
-            make = features_extractor_class or default_extractor(observation_space)
-            return make(observation_space, **dict(features_extractor_kwargs or {}))
+            return make_extractor(observation_space, features_extractor_class, features_extractor_kwargs)
 
         def actor() -> Actor:
-            return Actor(action_space, extractor(), pi_arch, activation_fn, layer_norm, final_init)
+            body = extractor()
+            return Actor(
+                observation_space, action_space, body, pi_arch, activation_fn, layer_norm, final_init, normalize_images
+            )
 
         def critic() -> Critic:
             body = extractor()
 
             def q_network() -> QNetwork:
                 dim = body.features_dim
-                return QNetwork(dim, action_dim, qf_arch, activation_fn, layer_norm, dropout, action_layer, final_init)
+                return QNetwork(dim, action_dim, qf_arch, activation_fn, layer_norm, dropout, joins_at, final_init)
 
-            return Critic(body, [q_network() for _ in range(n_critics)])
+            return Critic(observation_space, body, [q_network() for _ in range(n_critics)], normalize_images)
 
         self.actor, self.critic = actor(), critic()
         self.actor_target, self.critic_target = actor(), critic()

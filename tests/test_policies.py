@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution
-from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in
+from sbac.guards import NotFiniteError
+from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in, preprocess
 from sbac.observations import check_observation_space
 from sbac.policies import (
     DeterministicActorCritic,
@@ -68,7 +71,7 @@ def test_observations_are_laid_flat(name: str) -> None:
     space, features_dim = OBSERVATIONS[name]
     extractor = FlattenExtractor(space)
     obs = sample(space)
-    features = extractor(torch.as_tensor(obs))
+    features = extractor(preprocess(torch.as_tensor(obs), space, normalize_images=False))
     assert extractor.features_dim == features_dim
     assert features.shape == (N, features_dim)
     assert features.dtype == torch.float32
@@ -242,6 +245,57 @@ def test_net_arch_of_other_things_than_whole_numbers_is_refused(wrong: Any) -> N
         split_net_arch(wrong, ("pi", "qf"))
 
 
+def test_net_arch_takes_numbers_of_numpy() -> None:
+    widths = split_net_arch([np.int64(64), 32], ("pi", "vf"))
+    assert widths == ([64, 32], [64, 32])
+    assert all(type(n) is int for arch in widths for n in arch)
+
+
+@pytest.mark.parametrize("old", [[{"pi": [8], "vf": [4]}], [16, {"pi": [8], "vf": [4]}]])
+def test_the_old_form_of_net_arch_is_answered_with_the_new_one(old: Any) -> None:
+    with pytest.raises(ValueError, match=r"policy_kwargs: .* write net_arch=dict\(pi=\[64, 64\], vf=\[64, 64\]\)"):
+        StochasticActorCritic(BOX, ACTIONS["vector"], CPU, net_arch=old)
+
+
+def stochastic_policy(**kwargs: Any) -> StochasticActorCritic:
+    return StochasticActorCritic(BOX, ACTIONS["vector"], CPU, **{"net_arch": [8], **kwargs})
+
+
+@pytest.mark.parametrize("make", ["stochastic", "deterministic"])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"activation_fn": nn.Tanh()}, r"activation_fn must be a subclass of torch.nn.Module, .* it is Tanh\(\)"),
+        ({"activation_fn": torch.tanh}, r"activation_fn must be a subclass .* it is <built-in"),
+        ({"activation_fn": "tanh"}, r"activation_fn must be a subclass .* it is 'tanh'"),
+        ({"features_extractor_class": "NatureCNN"}, r"features_extractor_class must be .* it is 'NatureCNN'"),
+        ({"features_extractor_class": dict}, r"features_extractor_class must be .* it is <class 'dict'>"),
+        ({"features_extractor_kwargs": 5}, r"features_extractor_kwargs must be a dict .*, not 5"),
+        ({"dropout": 1.0}, r"dropout must be a finite number at least 0 and below 1, not 1.0"),
+        ({"dropout": -0.1}, r"dropout must be"),
+        ({"dropout": "0.1"}, r"dropout must be"),
+        ({"net_arch": "64"}, r"net_arch lists"),
+        ({"net_arch": ""}, r"net_arch lists"),
+        ({"net_arch": [True]}, r"net_arch lists"),
+    ],
+)
+def test_arguments_of_both_policies_are_named(make: str, wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"policy_kwargs: {text}"):
+        (stochastic_policy if make == "stochastic" else ddpg_policy)(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, "0", None])
+def test_the_first_log_std_is_a_finite_number(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="policy_kwargs: log_std_init must be a finite number, not"):
+        stochastic_policy(log_std_init=wrong)
+
+
+@pytest.mark.parametrize("wrong", [-1e-3, math.nan, "small"])
+def test_last_weights_are_bounded_by_a_number_that_is_not_negative(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="policy_kwargs: final_init must be a finite number at least 0, not"):
+        ddpg_policy(final_init=wrong)
+
+
 def test_observations_that_no_policy_can_read_are_refused() -> None:
     for space, _ in OBSERVATIONS.values():
         check_observation_space(space, "A2C")
@@ -301,6 +355,13 @@ def test_the_action_joins_at_the_second_layer_of_the_critic() -> None:
     assert [tuple(layer.weight.shape) for layer in layers(at_the_input)] == [(400, 17 + 4), (300, 400), (1, 300)]
     at_the_end = ddpg_policy(action_layer=2).critic.q_networks[0]
     assert [tuple(layer.weight.shape) for layer in layers(at_the_end)] == [(400, 17), (300, 400), (1, 300 + 4)]
+
+
+@pytest.mark.parametrize(("net_arch", "joined"), [([], (1, 17 + 4)), ([9], (1, 9 + 4)), ([9, 7], (7, 9 + 4))])
+def test_without_a_layer_asked_for_the_action_joins_at_the_second_if_there_is_one(net_arch: Any, joined: Any) -> None:
+    q_network = ddpg_policy(net_arch=net_arch, action_layer=None).critic.q_networks[0]
+    assert tuple(layers(q_network.q_net)[0].weight.shape) == joined
+    assert ddpg_policy(net_arch=net_arch, action_layer=None).critic(torch.ones(2, 17), torch.ones(2, 4)).shape == (1, 2)
 
 
 def test_first_weights_are_bounded_by_the_number_of_inputs() -> None:
@@ -367,8 +428,8 @@ def test_actor_and_critic_have_bodies_of_their_own() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    for wrong in (-1, 3):
-        with pytest.raises(ValueError, match=rf"action_layer must be from 0 to 2, .*, not {wrong}"):
+    for wrong in (-1, 3, "1"):
+        with pytest.raises(ValueError, match=rf"action_layer must be from 0 to 2, .*, not {wrong!r}"):
             ddpg_policy(action_layer=wrong)
     with pytest.raises(ValueError, match="n_critics must be a whole number, at least 1, not 0"):
         ddpg_policy(n_critics=0)
@@ -382,3 +443,117 @@ def test_a_gaussian_policy_has_one_standard_deviation_for_all_states() -> None:
     assert isinstance(distribution, DiagGaussianDistribution)
     assert distribution.log_std is policy.log_std
     assert (distribution.entropy() == distribution.entropy()[0]).all()
+
+
+# For those who hold only the policy.
+
+
+def make_policy(kind: str, obs_space: spaces.Space[Any], action_space: spaces.Space[Any], **kwargs: Any) -> Any:
+    classes: dict[str, Any] = {"stochastic": StochasticActorCritic, "deterministic": DeterministicActorCritic}
+    return classes[kind](obs_space, action_space, CPU, **{"net_arch": [8], **kwargs})
+
+
+KINDS = ["stochastic", "deterministic"]
+UNITS = spaces.Box(np.float32([-1, 0]), np.float32([3, 10]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_are_in_the_units_of_the_environment(kind: str) -> None:
+    policy = make_policy(kind, BOX, UNITS)
+    obs = sample(BOX)
+    action, state = policy.predict(obs, state="kept", episode_start=np.zeros(N, bool))
+    units = np.clip(policy.act(obs, deterministic=True), -1, 1)
+    np.testing.assert_allclose(action, [1, 5] + [2, 5] * units, rtol=1e-5)
+    assert state == "kept"
+    single, _ = policy.predict(obs[0])
+    np.testing.assert_allclose(single, action[0], rtol=1e-5)
+
+
+def test_predictions_of_a_discrete_action_begin_where_the_space_does() -> None:
+    policy = make_policy("stochastic", BOX, spaces.Discrete(3, start=-1))
+    action, _ = policy.predict(sample(BOX, 50), deterministic=False)
+    assert set(action.tolist()) == {-1, 0, 1}
+
+
+def test_draws_leave_the_global_generator_alone_and_depend_on_the_seed() -> None:
+    policies = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        policies.append(make_policy("stochastic", BOX, UNITS))
+    before = torch.get_rng_state()
+    obs = sample(BOX)
+    first, same, other = (policy.predict(obs, deterministic=False)[0] for policy in policies)
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+    assert (policies[0].predict(obs, deterministic=False)[0] != first).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_leave_dropout_out(kind: str) -> None:
+    policy = make_policy(kind, BOX, UNITS, dropout=0.5)
+    policy.set_training_mode(True)
+    obs = sample(BOX)
+    np.testing.assert_array_equal(policy.predict(obs)[0], policy.predict(obs)[0])
+    assert not any(module.training for module in policy.modules() if isinstance(module, nn.Dropout))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_observations_become_tensors(kind: str) -> None:
+    policy = make_policy(kind, BOX, UNITS)
+    obs = sample(BOX)
+    tensor, is_batch = policy.obs_to_tensor(obs)
+    assert is_batch
+    np.testing.assert_array_equal(tensor, obs)
+    tensor, is_batch = policy.obs_to_tensor(obs[0])
+    assert not is_batch
+    assert tensor.shape == (1, 17)
+    with pytest.raises(ValueError, match=r"has shape \(3,\)"):
+        policy.predict(np.zeros(3))
+    with pytest.raises(NotFiniteError):
+        policy.obs_to_tensor(np.full(17, np.nan))
+
+
+# Copies.
+
+
+def value_of(policy: Any, obs: Tensor) -> Tensor:
+    return policy.predict_values(obs) if isinstance(policy, StochasticActorCritic) else policy.critic(obs, obs[:, :2])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_policy_learns_the_same_and_apart(kind: str, duplicate: Any) -> None:
+    policy = make_policy(kind, BOX, UNITS)
+    obs = torch.as_tensor(sample(BOX))
+    network = policy if kind == "stochastic" else policy.critic
+    network.set_optimizer(torch.optim.Adam, 0.01)
+    network.descend(value_of(policy, obs).square().mean())
+    before = network.flat.clone()
+
+    twin = duplicate(policy)
+    other = twin if kind == "stochastic" else twin.critic
+    np.testing.assert_array_equal(twin.predict(obs.numpy())[0], policy.predict(obs.numpy())[0])
+    other.descend(value_of(twin, obs).square().mean())
+    assert torch.equal(network.flat, before)
+    network.descend(value_of(policy, obs).square().mean())
+    assert torch.equal(network.flat, other.flat)
+    assert not torch.equal(network.flat, before)
+    torch.testing.assert_close(value_of(twin, obs), value_of(policy, obs))
+    if kind == "deterministic":
+        twin.critic_target.follow(twin.critic, 1.0)
+        assert torch.equal(twin.critic_target.q_networks[0].q_net[0].weight, twin.critic.q_networks[0].q_net[0].weight)
+        assert not torch.equal(policy.critic_target.flat, twin.critic_target.flat)
+
+
+@pytest.mark.parametrize("n_steps", [0, 40])
+def test_a_copy_of_a_model_learns_apart(make_model: Any, n_steps: int) -> None:
+    model = make_model()
+    if n_steps:
+        model.learn(n_steps)
+    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    twin = copy.deepcopy(model)
+    twin.learn(40)
+    after = list(twin.policy.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
