@@ -72,11 +72,13 @@ def preprocess(obs: Tree, space: spaces.Space[Any], normalize_images: bool = Tru
     Returns:
         As float32: a Box in its shape, a Discrete as one-hot (B, n), a tree leaf by leaf.
     """
-    if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return tree_map(lambda leaf, values: preprocess(values, leaf, normalize_images), space_tree(space), obs)
+    if isinstance(space, spaces.Box):
+        return obs.float() / 255 if normalize_images and is_image_space(space) else obs.float()
     if isinstance(space, spaces.Discrete):
         return nn.functional.one_hot(obs.long() - int(space.start), int(space.n)).float()
-    return obs.float() / 255 if normalize_images and is_image_space(space) else obs.float()
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        return tree_map(lambda leaf, values: preprocess(values, leaf, normalize_images), space_tree(space), obs)
+    return obs.float()
 
 
 def is_image_space(space: spaces.Space[Any]) -> bool:
