@@ -121,18 +121,17 @@ class A2C(BaseAlgorithm):
         network_kwargs: dict[str, Any] = dict(self.policy_kwargs)
         if layer_norm or dropout:
             network_kwargs = {"layer_norm": layer_norm, "dropout": dropout, **network_kwargs}
-        optimizer_class = network_kwargs.pop("optimizer_class", None)
-        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
-        if optimizer_class is None:
-            optimizer_class = torch.optim.RMSprop if use_rms_prop else torch.optim.Adam
-            if not use_rms_prop:
-                optimizer_kwargs = {"eps": 1e-5, **optimizer_kwargs}
+        optimizer_class = network_kwargs.pop(
+            "optimizer_class", torch.optim.RMSprop if use_rms_prop else torch.optim.Adam
+        )
+        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", None)
+        defaults: dict[str, Any] = {"weight_decay": weight_decay} if weight_decay else {}
         if optimizer_class in (torch.optim.RMSprop, RMSpropTFLike):
-            optimizer_kwargs = {"alpha": 0.99, "eps": rms_prop_eps, **optimizer_kwargs}
-        if weight_decay:
-            optimizer_kwargs = {"weight_decay": weight_decay, **optimizer_kwargs}
+            defaults |= {"alpha": 0.99, "eps": rms_prop_eps}
+        elif "optimizer_class" not in self.policy_kwargs:
+            defaults |= {"eps": 1e-5}
         self.policy = self._make_policy(**network_kwargs)
-        self.policy.set_optimizer(optimizer_class, self._now(learning_rate), **optimizer_kwargs)
+        self.policy.set_optimizer(optimizer_class, self._now(learning_rate), optimizer_kwargs, **defaults)
         self.rollout_buffer = rollout_buffer_class(
             self.n_steps,
             self.observation_space,

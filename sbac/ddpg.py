@@ -168,15 +168,16 @@ class DDPG(BaseAlgorithm):
         super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
 
         # Networks mu, Q and their targets mu', Q'.
-        paper = {"net_arch": (400, 300), "action_layer": 1, "final_init": 3e-3}
+        paper = {"net_arch": (400, 300), "action_layer": None, "final_init": 3e-3}
         plain = {"n_critics": n_critics, "layer_norm": layer_norm, "dropout": dropout}
         network_kwargs: dict[str, Any] = {**paper, **plain, **self.policy_kwargs}
         optimizer_class = network_kwargs.pop("optimizer_class", optimizer_class)
-        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
-        critic_kwargs = {"weight_decay": weight_decay, **optimizer_kwargs} if weight_decay else optimizer_kwargs
+        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", None)
+        critic_defaults = {"weight_decay": weight_decay} if weight_decay else {}
         self.policy = self._make_policy(**network_kwargs)
-        self.actor.set_optimizer(optimizer_class, self._now(actor_learning_rate), **optimizer_kwargs)
-        self.critic.set_optimizer(optimizer_class, self._now(critic_learning_rate), **critic_kwargs)
+        self.actor.set_optimizer(optimizer_class, self._now(actor_learning_rate), optimizer_kwargs)
+        critic_rate = self._now(critic_learning_rate)
+        self.critic.set_optimizer(optimizer_class, critic_rate, optimizer_kwargs, **critic_defaults)
 
         # Replay buffer R and exploration noise N.
         self.replay_buffer = replay_buffer_class(
@@ -315,7 +316,8 @@ class DDPG(BaseAlgorithm):
 
         # Actor: maximise Q(s, mu(s)). The critic's own gradient is not computed.
         actor_loss = -self.critic.q1_forward(batch.obs, self.actor(batch.obs)).mean()
-        self.actor.descend(actor_loss, max_grad_norm)
+        with self.critic.undone_on_error():
+            self.actor.descend(actor_loss, max_grad_norm)
 
         # Targets: theta' <- tau theta + (1 - tau) theta'.
         if (self.n_updates + 1) % self.target_update_interval == 0:

@@ -6,8 +6,9 @@ handling each. Laid flat, each of these is one operation on one tensor.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -388,6 +389,15 @@ class Trainable(nn.Module):
     def undo_step(self) -> None:
         """Give the parameters the values that they had before the last `step`. The optimizer's moments stay."""
         self.flat.detach().copy_(self._before)
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """If what follows this network's last step within the same update fails, the step is taken back."""
+        try:
+            yield
+        except NotFiniteError:
+            self.undo_step()
+            raise
 
     @torch.no_grad()
     def follow(self, source: Trainable, tau: float) -> None:

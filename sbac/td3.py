@@ -174,11 +174,12 @@ class TD3(BaseAlgorithm):
         plain = {"n_critics": n_critics, "layer_norm": layer_norm, "dropout": dropout}
         network_kwargs: dict[str, Any] = {**plain, **self.policy_kwargs}
         optimizer_class = network_kwargs.pop("optimizer_class", optimizer_class)
-        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", {})
-        critic_kwargs = {"weight_decay": weight_decay, **optimizer_kwargs} if weight_decay else optimizer_kwargs
+        optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", None)
+        critic_defaults = {"weight_decay": weight_decay} if weight_decay else {}
         self.policy = self._make_policy(**network_kwargs)
-        self.actor.set_optimizer(optimizer_class, self._now(actor_learning_rate), **optimizer_kwargs)
-        self.critic.set_optimizer(optimizer_class, self._now(critic_learning_rate), **critic_kwargs)
+        self.actor.set_optimizer(optimizer_class, self._now(actor_learning_rate), optimizer_kwargs)
+        critic_rate = self._now(critic_learning_rate)
+        self.critic.set_optimizer(optimizer_class, critic_rate, optimizer_kwargs, **critic_defaults)
 
         # Replay buffer B and exploration noise eps.
         self.replay_buffer = replay_buffer_class(
@@ -329,7 +330,8 @@ class TD3(BaseAlgorithm):
         if n_critic_steps % self.policy_delay == 0:
             # Actor: maximise Q_1(s, mu(s)). The critics' own gradient is not computed.
             actor_loss = -self.critic.q1_forward(batch.obs, self.actor(batch.obs)).mean()
-            self.actor.descend(actor_loss, max_grad_norm)
+            with self.critic.undone_on_error():
+                self.actor.descend(actor_loss, max_grad_norm)
             numbers["actor_loss"] = actor_loss
 
             # Targets: theta' <- tau theta + (1 - tau) theta'.

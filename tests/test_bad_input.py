@@ -13,7 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from sbac import A2C, DDPG, TD3, EnvironmentFault, evaluate_policy
+from sbac import A2C, DDPG, TD3, EnvironmentFault, NotFiniteError, evaluate_policy
 from sbac.callbacks import CheckpointCallback, EvalCallback
 from sbac.envs import make_environments
 from sbac.optimization import RMSpropTFLike
@@ -199,6 +199,25 @@ def test_a_run_too_short_to_learn_anything_says_so(cls: Any) -> None:
         warnings.simplefilter("error")
         model.learn(1, reset_num_timesteps=False)  # the buffer holds enough by now
     assert model.n_updates == 1
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_an_update_that_fails_half_way_is_taken_back(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", **OFF).learn(20)
+    if cls is TD3 and model.n_updates % 2 == 0:
+        model.train(1)  # the next update is one of the actor too
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    monkeypatch.setattr(model.critic, "q1_forward", lambda obs, action: action.sum(1) * float("nan"))
+    with pytest.raises(NotFiniteError, match="Actor"):
+        model.train(1)
+    after = model.policy.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_arguments_of_an_optimizer_are_a_dict() -> None:
+    with pytest.raises(ValueError, match="optimizer_kwargs must be a dict"):
+        DDPG("MlpPolicy", "Pendulum-v1", policy_kwargs={"optimizer_kwargs": 3})
+    assert DDPG("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": []}).learn(5).num_timesteps == 5
 
 
 @pytest.mark.parametrize("cls", [DDPG, TD3])
