@@ -86,7 +86,7 @@ def test_commands_of_a_page_are_understood(
             assert end.code == 0, where  # --help ends the parser too
             continue
         if options.name == "train":
-            given = set(cli._hyperparameters(options)) - {"n_timesteps"}
+            given = set(cli._hyperparameters(options)[0]) - {"n_timesteps"}
             assert given <= set(argument_names(algorithm(options.algorithm))), where
 
 
