@@ -387,7 +387,7 @@ class ReplayBuffer:
                 self._successor_of[before * self.n_envs + int(i)] = copy_tree(rows(self._newest, i))
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything held, as arrays, for a full checkpoint."""
+        """Everything held, for a full checkpoint: views of the buffer's arrays, true until the next `add`."""
         held = slice(0, self._rows_held())
         state = {"pos": np.array(self.pos), "after_index": np.array(list(self._successor_of), dtype=np.int64)}
         state.update({name: array[held] for name, array in self._arrays().items()})
@@ -411,13 +411,18 @@ class ReplayBuffer:
         pos, after_index = int(state["pos"]), state["after_index"]
         newest = _tree_like(self.obs, state, "newest") if n_held else None
         after = _tree_like(self.obs, state, "after") if len(after_index) else None
+        # A state of this very buffer views its arrays, which `reset` clears.
+        stored = {
+            name: state[name].copy() if np.may_share_memory(state[name], array) else state[name]
+            for name, array in own.items()
+        }
         self.reset()
         self.full = n_held == self.n_rows
         # The ring of a smaller buffer may begin anywhere: laid out from its oldest row, the first to be overwritten.
         shift = 0 if self.full or n_held == 0 else pos % n_held
         places = (np.arange(n_held) - shift) % max(n_held, 1)
         for name, array in own.items():
-            array[places] = state[name]
+            array[places] = stored[name]
         self.pos = pos % self.n_rows if self.full else n_held
         self._n_empty = int(np.count_nonzero(self.flags & EMPTY))
         self._newest = copy_tree(newest) if n_held else None

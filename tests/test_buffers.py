@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from sbac import DDPG
 from sbac.buffers import CUT, ReplayBuffer, RolloutBatch, RolloutBuffer
 from sbac.envs import Step, make_environments
 from sbac.trees import Tree, leaves, rows, space_tree, tree_map
@@ -933,3 +934,14 @@ def test_images_of_an_environment_are_stored_as_they_are() -> None:
     ends = np.zeros(1, bool)
     buffer.add(image, np.zeros((1, 2)), Step(image, np.zeros(1), ends, ends, image, ~ends, [{}]))
     assert torch.equal(buffer.sample(1).obs, torch.as_tensor(image))
+
+
+def test_a_buffer_may_take_back_its_own_state() -> None:
+    model = DDPG("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [8]}, learning_starts=500, seed=0).learn(450)
+    buffer = model.replay_buffer
+    before = {name: array.copy() for name, array in buffer.get_state().items()}
+    buffer.set_state(buffer.get_state())
+    after = buffer.get_state()
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert before["flags"].any()
