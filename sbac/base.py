@@ -245,6 +245,17 @@ class BaseAlgorithm(metaclass=Constructed):
         self._reset_count = env.reset_count
         self.episodes.start()
 
+    def _cut_episodes(self, indices: Sequence[int]) -> None:
+        """Treat the running episodes of these environments as truncated: others have begun in their place."""
+        self.episodes.running_return[indices] = 0
+        self.episodes.running_length[indices] = 0
+        for buffer in self._buffers().values():
+            if hasattr(buffer, "cut"):
+                buffer.cut(indices)
+        noise = getattr(self, "action_noise", None)
+        if noise is not None:
+            noise.reset(np.array(indices))
+
     def _after_step(self, callback: BaseCallback, action: np.ndarray, step: Step) -> bool:
         """Count a step, keep its observations, and ask the callback whether to go on."""
         self._obs = step.obs

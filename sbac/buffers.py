@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from sbac.adapters import Step
 from sbac.envs import Environments
 from sbac.guards import require_whole
-from sbac.trees import Tree, copy_tree, leaves, rows, set_rows, space_tree, tree_map
+from sbac.trees import Tree, copy_tree, leaves, rows, set_rows, space_tree, tree_like, tree_map
 
 LARGE = 2**30
 """Bytes from which on a replay buffer says how large it is."""
@@ -146,6 +147,17 @@ class RolloutBuffer:
             self._cut_index.append((row, int(i)))
         self.pos += 1
 
+    def cut(self, indices: Sequence[int]) -> None:
+        """Say that the episodes of these environments were truncated after the newest step, unless they ended."""
+        if self.pos == 0:
+            return
+        row = self.pos - 1
+        for i in indices:
+            if self.valid[row, i] and not (self.terminated[row, i] or self.truncated[row, i]):
+                self.truncated[row, i] = True
+                self._cut_obs.append(rows(self._newest, i))
+                self._cut_index.append((row, int(i)))
+
     def get(self) -> RolloutBatch:
         """All that is held, as tensors that stay true until the next `add`."""
         last = self.pos - 1
@@ -194,9 +206,9 @@ class RolloutBuffer:
         for name, array in self._arrays().items():
             array[:n_steps] = state[name]
         self._cut_index = [(int(t), int(i)) for t, i in state["cut_index"]]
-        self._cut_obs = [rows(_tree_like(self.obs, state, "cut"), k) for k in range(len(self._cut_index))]
+        self._cut_obs = [rows(tree_like(self.obs, state, "cut"), k) for k in range(len(self._cut_index))]
         if n_steps:
-            self._newest = _tree_like(self.obs, state, "newest")
+            self._newest = tree_like(self.obs, state, "newest")
 
     def _arrays(self) -> dict[str, np.ndarray]:
         names = ("action", "reward", "terminated", "truncated", "valid")
@@ -409,8 +421,8 @@ class ReplayBuffer:
         n_held = len(state["reward"])
         require_fit(self, own, state, n_held)
         pos, after_index = int(state["pos"]), state["after_index"]
-        newest = _tree_like(self.obs, state, "newest") if n_held else None
-        after = _tree_like(self.obs, state, "after") if len(after_index) else None
+        newest = tree_like(self.obs, state, "newest") if n_held else None
+        after = tree_like(self.obs, state, "after") if len(after_index) else None
         # A state of this very buffer views its arrays, which `reset` clears.
         stored = {
             name: state[name].copy() if np.may_share_memory(state[name], array) else state[name]
@@ -469,12 +481,6 @@ class ReplayBuffer:
                 "choose a smaller buffer_size"
             )
         print(f"replay buffer: {size} when full, {free / 2**30:.1f} GiB of memory are free")
-
-
-def _tree_like(tree: Tree, arrays: dict[str, np.ndarray], name: str) -> Tree:
-    """The tree of the form of `tree` whose leaves are found in `arrays` under their paths below `name`."""
-    paths = iter([path for path, _ in leaves(tree, name)])
-    return tree_map(lambda _: arrays[next(paths)], tree)
 
 
 def require_fit(buffer: object, own: dict[str, np.ndarray], state: dict[str, np.ndarray], n_rows: int) -> None:

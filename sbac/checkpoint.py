@@ -18,7 +18,8 @@ from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, t
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, make_environments
-from sbac.trees import leaves
+from sbac.tape import Recording
+from sbac.trees import leaves, space_tree, tree_like
 
 if TYPE_CHECKING:
     from sbac.base import BaseAlgorithm
@@ -111,17 +112,23 @@ def load(
                     f"made for {getattr(known, what)}, the environment has {getattr(made, what)}"
                 )
     model = cls(env=made, device=device, **arguments)
+    for remark in _restore(model, file, path):
+        warnings.warn(remark, stacklevel=3)
+    return model
 
+
+def _restore(model: Any, file: Archive, path: Any) -> list[str]:
+    """Give a model what a file holds besides its constructor arguments; returns what is to be said of it."""
     _load_weights(model, file, path)
     for name in COUNTERS:
         if hasattr(model, name):
             setattr(model, name, int(file.meta["counters"].get(name, 0)))
-    if file.state is not None:
-        try:
-            _set_state(model, file)
-        except (KeyError, TypeError) as error:
-            raise ArchiveError(f"{path}: the state of the checkpoint is incomplete: {error!r}") from error
-    return model
+    if file.state is None:
+        return []
+    try:
+        return _set_state(model, file)
+    except (KeyError, TypeError) as error:
+        raise ArchiveError(f"{path}: the state of the checkpoint is incomplete: {error!r}") from error
 
 
 def load_policy(policy: nn.Module, state: Mapping[str, torch.Tensor], exact_match: bool = True) -> None:
@@ -227,8 +234,16 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
         data["n_episodes"] = model.episodes.count
         arrays["episodes/return"] = model.episodes.running_return
         arrays["episodes/length"] = model.episodes.running_length
-        if model._obs is not None:
+        if model._obs is not None and model.env is not None and model.env.reset_count == model._reset_count:
             arrays.update(leaves(model._obs, "episodes/obs"))
+            recordings = model.env.recordings()
+            data["environments"] = [
+                None if tape is None else encode({"random_state": tape.random_state, "seed": tape.seed})[0]
+                for tape in recordings
+            ]
+            for i, tape in enumerate(recordings):
+                if tape is not None:
+                    arrays[f"environments/{i}/actions"] = tape.actions
     if "noise" in parts and getattr(model, "action_noise", None) is not None:
         arrays.update({f"noise/{name}": array for name, array in model.action_noise.get_state().items()})
     for name, buffer in model._buffers().items():
@@ -237,8 +252,9 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
     return data, arrays
 
 
-def _set_state(model: Any, file: Archive) -> None:
+def _set_state(model: Any, file: Archive) -> list[str]:
     data, arrays = file.state or {}, _below(file.arrays, "state/")
+    remarks: list[str] = []
     # What belongs to single environments is of no use to another number of them: their episodes begin anew.
     same_environments = file.config["arguments"]["n_envs"] == model.n_envs
     if "generator" in data:
@@ -261,11 +277,38 @@ def _set_state(model: Any, file: Archive) -> None:
         if stored and same_environments:
             buffer.set_state(stored)
         elif name == "replay_buffer" and stored:
-            warnings.warn(
+            remarks.append(
                 f"the replay buffer of the file was collected in {file.config['arguments']['n_envs']} environments and "
-                f"the model now has {model.n_envs}: it was left out, the new one is empty",
-                stacklevel=4,
+                f"the model now has {model.n_envs}: it was left out, the new one is empty"
             )
+    if same_environments and model.env is not None and "environments" in data:
+        remarks += _put_environments_back(model, data["environments"], arrays)
+    return remarks
+
+
+def _put_environments_back(model: Any, starts: list[Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Bring each environment to where it was; where that can't be, begin a new episode and truncate the old one."""
+    recordings = [
+        None if start is None else Recording(**decode(start), actions=arrays[f"environments/{i}/actions"])
+        for i, start in enumerate(starts)
+    ]
+    obs = tree_like(space_tree(model.observation_space), arrays, "episodes/obs")
+    seed = None if model.seed is None else _new_seed(model._env_seed, model.num_timesteps)
+    model._obs, failed = model.env.put_back(recordings, obs, model.episodes.running_return, seed)
+    model._reset_count = model.env.reset_count
+    if not failed:
+        return []
+    model._cut_episodes(sorted(failed))
+    reasons = "; ".join(f"{i}: {why}" for i, why in sorted(failed.items()))
+    return [
+        "training will not go on exactly as it would have: these environments could not be put back where they were, "
+        f"so that they begin new episodes, and their last ones count as truncated ({reasons})"
+    ]
+
+
+def _new_seed(*entropy: int) -> int:
+    """A seed of 31 bits for new episodes, which the first ones did not have."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
 
 
 def _below(arrays: Mapping[str, np.ndarray], folder: str) -> dict[str, np.ndarray]:

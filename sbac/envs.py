@@ -7,7 +7,7 @@ autoreset mode, a Stable-Baselines ``VecEnv``) becomes one thing, `Environments`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from sbac.adapters import Adapter, GymnasiumAdapter, StableBaselinesAdapter, Step, killed_workers
 from sbac.guards import EnvironmentFault, NotFiniteError, nearest
-from sbac.trees import Tree, all_finite, first_not_finite, leaves, space_tree
+from sbac.tape import Recording, Tape
+from sbac.trees import Tree, all_finite, copy_tree, first_not_finite, leaves, rows, set_rows, space_tree
 
 EnvironmentLike = Any
 """An id, `gymnasium.Env`, factory, list of factories, Gymnasium ``VectorEnv``, or Stable-Baselines ``VecEnv``."""
@@ -176,6 +177,46 @@ class Environments:
             )
         return step._replace(reward=reward)
 
+    def recordings(self) -> list[Recording | None]:
+        """What it takes to put each environment back; None for one that can't be."""
+        return [env.tape.recording() for env in self._watched] or [None] * self.num_envs
+
+    def put_back(
+        self, recordings: Sequence[Recording | None], obs: Tree, returns: np.ndarray, seed: int | None
+    ) -> tuple[Tree, dict[int, str]]:
+        """Bring every environment to where it was when it was recorded; where that fails, begin a new episode.
+
+        Args:
+            recordings: As `recordings` gave them.
+            obs: What was to be acted on next, (n, *obs_shape). What is found must equal it bit for bit.
+            returns: The sum of the rewards of each running episode, (n,). Likewise.
+            seed: For the new episodes, or None to go on with the environments' generators.
+
+        Returns:
+            What is to be acted on next, (n, *obs_shape); and for each environment that was not put back, why.
+
+        Raises:
+            EnvironmentFault: An environment raised or sent what its space does not allow at the start of an episode.
+        """
+        if not self._watched:
+            unknown = "it is not one that sbac made from an id or a function"
+            return self.reset(seed), dict.fromkeys(range(self.num_envs), unknown)
+        self.reset_count += 1
+        self._step_count = 0
+        obs, failed = copy_tree(obs), {}
+        for i, (env, recording) in enumerate(zip(self._watched, recordings, strict=True)):
+            why = env.put_back(recording, rows(obs, i), float(returns[i]))
+            if why is not None:
+                failed[i] = why
+                first, _ = env.reset(seed=None if seed is None else seed + i)
+                set_rows(obs, i, first)
+        return obs, failed
+
+    @property
+    def _watched(self) -> list[_Watched]:
+        inner = getattr(self.env, "envs", ())
+        return [env for env in inner if isinstance(env, _Watched)]
+
     def close(self) -> None:
         """Close the environments."""
         self._adapter.close()
@@ -235,10 +276,14 @@ _FLAG = (bool, np.bool_)
 
 
 class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """One environment that is named, with the step, when it fails or sends what its space does not allow."""
+    """One environment that is named, with the step, when it fails or sends what its space does not allow.
+
+    It is recorded, so that it can be put back.
+    """
 
     def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
         super().__init__(env)
+        self.tape = Tape(env)
         self._index = index
         self._steps = 0
         self._shape = env.observation_space.shape
@@ -246,6 +291,7 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._promised = dict(leaves(space_tree(env.observation_space)))
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.tape.begin(kwargs.get("seed"), kwargs.get("options"))
         try:
             obs, info = self.env.reset(**kwargs)
         except Exception as error:
@@ -255,6 +301,7 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self._steps += 1
+        self.tape.add(action)
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:
@@ -267,6 +314,18 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
                 f"truncated {truncated!r} at {self._where('step')}; a reward is one number, the others True or False"
             )
         return obs, reward, terminated, truncated, info
+
+    def put_back(self, recording: Recording | None, obs: Tree, total: float) -> str | None:
+        """Play a recorded episode again; returns why that did not lead to `obs` and the return `total`, if so."""
+        if recording is None:
+            return "it could not be recorded"
+        try:
+            found, found_total = self.tape.play(self, recording)
+        except Exception as error:  # of whatever the environment raises, played where it was not recorded
+            return str(error)
+        expected = dict(leaves(obs))
+        same = all(np.array_equal(np.asarray(leaf), expected[name]) for name, leaf in leaves(found))
+        return None if same and found_total == total else "played again, its episode came out differently"
 
     def _check(self, obs: Any, call: str) -> None:
         sent = dict(leaves(obs))

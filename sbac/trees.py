@@ -48,6 +48,12 @@ def space_tree(space: spaces.Space[Any]) -> Tree:
     return space
 
 
+def tree_like(tree: Tree, arrays: Mapping[str, Any], name: str) -> Tree:
+    """The tree of the form of `tree` whose leaves are found in `arrays` under their paths below `name`."""
+    paths = iter([path for path, _ in leaves(tree, name)])
+    return tree_map(lambda _: arrays[next(paths)], tree)
+
+
 def batch_size(tree: Tree) -> int:
     """The first dimension, which all leaves share."""
     return len(next(leaves(tree))[1])
