@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,9 +19,9 @@ from sbac.callbacks import MaybeCallback
 from sbac.envs import EnvironmentLike, Environments
 from sbac.gae import explained_variance, gae
 from sbac.guards import require_constant, require_number, require_whole
-from sbac.observations import check_observation_space
+from sbac.observations import check_action_space, check_observation_space
 from sbac.optimization import RMSpropTFLike
-from sbac.policies import StochasticActorCritic
+from sbac.policies import CnnActorCritic, StochasticActorCritic
 from sbac.schedules import FloatOrSchedule
 
 
@@ -32,7 +31,8 @@ class A2C(BaseAlgorithm):
     Where it says (s), a schedule (`sbac.schedules`) or a function of the remaining progress may stand for the number.
 
     Args:
-        policy: "MlpPolicy", "MultiInputPolicy" for Dict and Tuple observations, or a policy class.
+        policy: "MlpPolicy", "CnnPolicy" for images, "MultiInputPolicy" for Dict and Tuple observations, "auto", which
+            takes the one for the observations and says why, or a policy class.
         env: An id, an environment, a factory or a list of them, or a vector environment.
         learning_rate: Step size of the optimizer, above 0 (s).
         n_steps: Steps of each environment between two updates (t_max), at least 1.
@@ -60,6 +60,7 @@ class A2C(BaseAlgorithm):
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {
         "MlpPolicy": StochasticActorCritic,
+        "CnnPolicy": CnnActorCritic,
         "MultiInputPolicy": StochasticActorCritic,
     }
     policy: StochasticActorCritic
@@ -238,8 +239,7 @@ class A2C(BaseAlgorithm):
         self.rollout_buffer.reset()
 
     def _check_spaces(self) -> None:
-        if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
-            raise ValueError(f"A2C acts in a Box or Discrete space, not in {self.action_space}")
+        check_action_space(self.action_space, "A2C")
         check_observation_space(self.observation_space, "A2C")
 
     def _buffers(self) -> dict[str, Any]:

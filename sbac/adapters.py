@@ -16,6 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from sbac.guards import EnvironmentFault
+from sbac.observations import MASK
 from sbac.trees import Tree, copy_tree, rows, set_rows
 
 
@@ -85,16 +86,20 @@ def _one_info(raw: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 class Adapter(Protocol):
-    """A vector environment, seen through `Step`."""
+    """A vector environment, seen through `Step`.
+
+    `action_mask` is what the infos that came with the newest observations allow, (n, k) bool, or None.
+    """
 
     env: Any
     num_envs: int
+    action_mask: np.ndarray | None
     observation_space: spaces.Space[Any]
     action_space: spaces.Space[Any]
 
     def reset(self, seed: int | None) -> Tree: ...
 
-    def step(self, actions: np.ndarray) -> Step: ...
+    def step(self, actions: Tree) -> Step: ...
 
     def close(self) -> None: ...
 
@@ -118,19 +123,22 @@ class GymnasiumAdapter:
         self._mode = AutoresetMode(mode or AutoresetMode.NEXT_STEP)
         self._ended = np.zeros(self.num_envs, dtype=bool)
         self._reuses_memory = getattr(env.unwrapped, "copy", True) is False
+        self.action_mask: np.ndarray | None = None
 
     def reset(self, seed: int | None) -> Tree:
         seeds: Any = seed
         if seed is not None and isinstance(self.env.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
             seeds = _words(seed, self.num_envs)
-        obs, _ = self.env.reset(seed=seeds)
+        obs, raw = self.env.reset(seed=seeds)
+        self.action_mask = _masks(raw, self.num_envs)
         self._ended = np.zeros(self.num_envs, dtype=bool)
         return copy_tree(obs) if self._reuses_memory else obs
 
-    def step(self, actions: np.ndarray) -> Step:
+    def step(self, actions: Tree) -> Step:
         obs, reward, terminated, truncated, raw = self.env.step(actions)
         if self._reuses_memory:
             obs = copy_tree(obs)
+        self.action_mask = _masks(raw, self.num_envs)
         valid = np.ones(self.num_envs, dtype=bool)
         if self._mode is AutoresetMode.NEXT_STEP:
             valid = ~self._ended
@@ -149,7 +157,10 @@ class GymnasiumAdapter:
                 for i in indices:
                     set_rows(successor, i, raw["final_obs"][i])
             elif self._mode is AutoresetMode.DISABLED:
-                obs, _ = self.env.reset(options={"reset_mask": ended})
+                obs, raw_at_reset = self.env.reset(options={"reset_mask": ended})
+                first_masks = _masks(raw_at_reset, self.num_envs)
+                if self.action_mask is not None and first_masks is not None:
+                    self.action_mask[ended] = first_masks[ended]
                 if self._reuses_memory:
                     obs = copy_tree(obs)
             ends = _ends(indices, successor, terminated)
@@ -179,15 +190,23 @@ class StableBaselinesAdapter:
         self.num_envs = int(env.num_envs)
         self.observation_space = env.observation_space
         self.action_space = env.action_space
+        self.action_mask: np.ndarray | None = None
 
     def reset(self, seed: int | None) -> Tree:
         if seed is not None:
             # It counts on from one seed, environment by environment: from a random one, so that runs do not overlap.
             self.env.seed(_words(seed, 1)[0])
-        return self.env.reset()
+        obs = self.env.reset()
+        self.action_mask = self._masks(getattr(self.env, "reset_infos", []))
+        return obs
 
-    def step(self, actions: np.ndarray) -> Step:
-        obs, reward, done, infos = self.env.step(actions)
+    def step(self, actions: Tree) -> Step:
+        is_tree = not isinstance(actions, np.ndarray)
+        obs, reward, done, infos = self.env.step(
+            [rows(actions, i) for i in range(self.num_envs)] if is_tree else actions
+        )
+        first = getattr(self.env, "reset_infos", infos)
+        self.action_mask = self._masks([first[i] if done[i] else infos[i] for i in range(self.num_envs)])
         truncated = np.zeros(self.num_envs, dtype=bool)
         successor = obs
         if done.any():
@@ -198,8 +217,31 @@ class StableBaselinesAdapter:
         valid = np.ones(self.num_envs, dtype=bool)
         return Step(obs, reward, done & ~truncated, truncated, successor, valid, infos)
 
+    def _masks(self, infos: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+        return stack_masks([info.get(MASK) for info in infos])
+
     def close(self) -> None:
         self.env.close()
+
+
+def _masks(raw: Mapping[str, Any], n_envs: int) -> np.ndarray | None:
+    """The masks in Gymnasium's vector info, (n, k) bool; all is allowed where an environment sent none."""
+    sent = raw.get(MASK)
+    if sent is None:
+        return None
+    if not isinstance(sent, np.ndarray) or sent.dtype == object:
+        return stack_masks(sent)
+    mask = sent.reshape(n_envs, -1) != 0
+    is_sent = raw.get(f"_{MASK}")
+    return mask if is_sent is None else mask | ~np.asarray(is_sent)[:, None]
+
+
+def stack_masks(sent: Sequence[Any]) -> np.ndarray | None:
+    """One mask for each environment, or None in its place, as (n, k) bool: who sent none allows all."""
+    length = next((np.size(mask) for mask in sent if mask is not None), None)
+    if length is None:
+        return None
+    return np.stack([np.ones(length, bool) if mask is None else np.ravel(mask) != 0 for mask in sent])
 
 
 def _words(seed: int, count: int) -> list[int]:

@@ -26,8 +26,10 @@ from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
 from sbac.networks import Trainable
 from sbac.observations import as_batch
+from sbac.policies import choose_policy
 from sbac.schedules import FloatOrSchedule, value_at
 from sbac.statistics import EpisodeStatistics, TrainingLog
+from sbac.trees import Tree, rows
 
 PathLike = str | Path
 
@@ -72,8 +74,9 @@ class BaseAlgorithm(metaclass=Constructed):
         seed: int | None,
         device: torch.device | str,
     ) -> None:
-        self.policy_class = self._policy_class(policy)
         self._policy_argument = policy
+        if policy != "auto":
+            self.policy_class = self._policy_class(policy)
         if seed is not None:
             seed = require_whole("seed", seed, 0)
         self.seed = seed
@@ -96,6 +99,10 @@ class BaseAlgorithm(metaclass=Constructed):
             self.action_space = self.env.action_space
             self.n_envs = self.env.num_envs
         self._check_spaces()
+        if policy == "auto":
+            name, reason = choose_policy(self.observation_space)
+            self._say(f"{type(self).__name__}: policy 'auto' is {name}, since {reason}")
+            self.policy_class = self._policy_class(name)
         self._codec = ActionCodec(self.action_space)
 
         # Every random number of a model comes from one of these; the global generators are left alone.
@@ -163,10 +170,11 @@ class BaseAlgorithm(metaclass=Constructed):
             return policy
         if not isinstance(policy, str):
             raise ValueError(
-                f"policy must be one of {', '.join(self.policy_aliases)} or a policy class, not {policy!r}"
+                f"policy must be one of {', '.join(self.policy_aliases)}, auto, or a policy class, not {policy!r}"
             )
         if policy not in self.policy_aliases:
-            raise ValueError(f"{type(self).__name__} has no policy {policy!r}{nearest(policy, self.policy_aliases)}")
+            known = [*self.policy_aliases, "auto"]
+            raise ValueError(f"{type(self).__name__} has no policy {policy!r}{nearest(policy, known)}")
         return self.policy_aliases[policy]
 
     def _device(self, device: torch.device | str) -> torch.device:
@@ -190,7 +198,15 @@ class BaseAlgorithm(metaclass=Constructed):
                 )
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(self._network_seed)
-            return self.policy_class(self.observation_space, self.action_space, self.device, **kwargs)
+            policy: Any = self.policy_class(self.observation_space, self.action_space, self.device, **kwargs)
+        for line in policy.preprocessor.describe_images() if hasattr(policy, "preprocessor") else ():
+            self._say(line)
+        return policy
+
+    def _say(self, line: str) -> None:
+        """Print what was chosen for the user, but not when a model only comes back from its file."""
+        if self.env is not None:
+            print(line)
 
     # The frame around learning.
 
@@ -256,7 +272,7 @@ class BaseAlgorithm(metaclass=Constructed):
         if noise is not None:
             noise.reset(np.array(indices))
 
-    def _after_step(self, callback: BaseCallback, action: np.ndarray, step: Step) -> bool:
+    def _after_step(self, callback: BaseCallback, action: Tree, step: Step) -> bool:
         """Count a step, keep its observations, and ask the callback whether to go on."""
         self._obs = step.obs
         self.num_timesteps += int(np.count_nonzero(step.valid))
@@ -366,7 +382,7 @@ class BaseAlgorithm(metaclass=Constructed):
         state: Any = None,
         episode_start: Any = None,
         deterministic: bool = True,
-    ) -> tuple[np.ndarray, Any]:
+    ) -> tuple[Tree, Any]:
         """The policy's action.
 
         Args:
@@ -386,7 +402,7 @@ class BaseAlgorithm(metaclass=Constructed):
         self.policy.set_training_mode(False)
         action = self.policy.act(obs, deterministic, self._predict_generator)
         native = self._codec.to_env(action)
-        return (native[0] if single else native), state
+        return (rows(native, 0) if single else native), state
 
     # Environments.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sbac.adapters import Step
 from sbac.envs import Environments
 from sbac.guards import require_whole
+from sbac.observations import MASK, carries_mask
 from sbac.trees import Tree, copy_tree, leaves, rows, set_rows, space_tree, tree_like, tree_map
 
 LARGE = 2**30
@@ -29,7 +30,7 @@ class RolloutBatch(NamedTuple):
     """
 
     obs: Tree  # (T * n, *obs_shape)
-    action: Tensor  # (T * n, *action_shape)
+    action: Tree  # (T * n, *action_shape)
     reward: Tensor  # (T, n)
     terminated: Tensor  # (T, n) bool
     truncated: Tensor  # (T, n) bool
@@ -60,6 +61,15 @@ def _empty_obs(shape: tuple[int, ...], space: spaces.Space[Any]) -> Tree:
     def room(leaf: spaces.Space[Any]) -> np.ndarray:
         dtype = np.float32 if leaf.dtype == np.float64 else leaf.dtype
         return np.empty((*shape, *(leaf.shape or ())), dtype)
+
+    return tree_map(room, space_tree(space))
+
+
+def _empty_actions(shape: tuple[int, ...], space: spaces.Space[Any]) -> Tree:
+    """Room for actions in the units of an algorithm."""
+
+    def room(leaf: spaces.Space[Any]) -> np.ndarray:
+        return np.zeros((*shape, *(leaf.shape or ())), np.float32 if isinstance(leaf, spaces.Box) else np.int64)
 
     return tree_map(room, space_tree(space))
 
@@ -98,10 +108,11 @@ class RolloutBuffer:
         self.buffer_size = buffer_size
         self.n_envs = n_envs
         self.device = torch.device(device)
+        self.observation_space = observation_space
         shape = (buffer_size, n_envs)
         self.obs = _empty_obs(shape, observation_space)
-        is_box = isinstance(action_space, spaces.Box)
-        self.action = np.zeros((*shape, *(action_space.shape or ())), np.float32 if is_box else np.int64)
+        self.mask: np.ndarray | None = None  # of allowed actions, where environments send it beside observations
+        self.action = _empty_actions(shape, action_space)
         self.reward = np.zeros(shape, np.float32)
         self.terminated = np.zeros(shape, bool)
         self.truncated = np.zeros(shape, bool)
@@ -124,7 +135,7 @@ class RolloutBuffer:
         """Transitions held, over all environments."""
         return int(self.valid[: self.pos].sum())
 
-    def add(self, obs: Tree, action: np.ndarray, step: Step) -> None:
+    def add(self, obs: Tree, action: Tree, step: Step) -> None:
         """Append what n environments did.
 
         Args:
@@ -135,8 +146,13 @@ class RolloutBuffer:
         if self.full:
             raise ValueError(f"the rollout already holds its {self.buffer_size} steps; call reset() first")
         row = self.pos
+        if carries_mask(obs, self.observation_space):
+            if self.mask is None:
+                self.mask = np.ones((self.buffer_size, *obs[MASK].shape), bool)
+            self.mask[row] = obs[MASK]
+            obs = obs["observation"]
         set_rows(self.obs, row, obs)
-        self.action[row] = action
+        set_rows(self.action, row, action)
         self.reward[row] = step.reward
         self.terminated[row] = step.terminated
         self.truncated[row] = step.truncated
@@ -172,9 +188,14 @@ class RolloutBuffer:
             times = np.concatenate([times, [self._cut_index[k][0] for k in cuts]])
             environments = np.concatenate([environments, [self._cut_index[k][1] for k in cuts]])
         held = slice(0, self.pos)
+
+        def in_a_row(leaf: np.ndarray) -> Tensor:
+            return self._tensor(leaf[held].reshape(-1, *leaf.shape[2:]))
+
+        obs = tree_map(in_a_row, self.obs)
         return RolloutBatch(
-            obs=tree_map(lambda leaf: self._tensor(leaf[held].reshape(-1, *leaf.shape[2:])), self.obs),
-            action=self._tensor(self.action[held].reshape(-1, *self.action.shape[2:])),
+            obs=obs if self.mask is None else {"observation": obs, MASK: in_a_row(self.mask)},
+            action=tree_map(in_a_row, self.action),
             reward=self._tensor(self.reward[held]),
             terminated=self._tensor(self.terminated[held]),
             truncated=self._tensor(self.truncated[held]),
@@ -200,6 +221,8 @@ class RolloutBuffer:
             ValueError: The arrays were made for other spaces or do not fit into this buffer, which stays as it was.
         """
         n_steps = len(state["reward"])
+        if "mask" in state:
+            self.mask = np.ones((self.buffer_size, *state["mask"].shape[1:]), bool)
         require_fit(self, self._arrays(), state, n_steps)
         self.reset()
         self.pos = n_steps
@@ -211,8 +234,9 @@ class RolloutBuffer:
             self._newest = tree_like(self.obs, state, "newest")
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        names = ("action", "reward", "terminated", "truncated", "valid")
-        return {**dict(leaves(self.obs, "obs")), **{name: getattr(self, name) for name in names}}
+        names = ("reward", "terminated", "truncated", "valid", *(("mask",) if self.mask is not None else ()))
+        trees = {**dict(leaves(self.obs, "obs")), **dict(leaves(self.action, "action"))}
+        return {**trees, **{name: getattr(self, name) for name in names}}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array, device=self.device)

@@ -18,6 +18,7 @@ from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, t
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, make_environments
+from sbac.observations import split_mask
 from sbac.tape import Recording
 from sbac.trees import leaves, space_tree, tree_like
 
@@ -235,7 +236,8 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
         arrays["episodes/return"] = model.episodes.running_return
         arrays["episodes/length"] = model.episodes.running_length
         if model._obs is not None and model.env is not None and model.env.reset_count == model._reset_count:
-            arrays.update(leaves(model._obs, "episodes/obs"))
+            obs, _ = split_mask(model._obs, model.observation_space, 0)
+            arrays.update(leaves(obs, "episodes/obs"))
             recordings = model.env.recordings()
             data["environments"] = [
                 None if tape is None else encode({"random_state": tape.random_state, "seed": tape.seed})[0]

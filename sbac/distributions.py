@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
+from torch.nn import functional
+
+from sbac.observations import n_choices
+from sbac.trees import Tree, leaves, space_tree, tree_map
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -36,16 +44,21 @@ class CategoricalDistribution(Distribution):
 
     Args:
         logits: Unnormalised log-probabilities, (B, n).
+        mask: Which actions are allowed, (B, n) bool; the others have probability 0, and those allowed share the rest as
+            if there were no others. A row that allows nothing counts as one that allows all. None allows all.
     """
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+    def __init__(self, logits: Tensor, mask: Tensor | None = None) -> None:
+        self.forbidden = None if mask is None else ~(mask | ~mask.any(-1, keepdim=True))
+        self.logits = logits if self.forbidden is None else logits.masked_fill(self.forbidden, -math.inf)
 
     def log_prob(self, action: Tensor) -> Tensor:
         return self._log_probs().gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
 
     def entropy(self) -> Tensor:
         log_probs = self._log_probs()
+        if self.forbidden is not None:
+            log_probs = log_probs.masked_fill(self.forbidden, 0.0)  # 0 log 0 = 0, also for the gradient
         return -(log_probs.exp() * log_probs).sum(-1)
 
     def mode(self) -> Tensor:
@@ -54,10 +67,67 @@ class CategoricalDistribution(Distribution):
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         # Gumbel-max: argmax(logits - log E) with E ~ Exp(1) is distributed as softmax(logits).
         waiting = torch.empty_like(self.logits).exponential_(generator=generator)
-        return (self.logits - waiting.log_()).argmax(-1)
+        score = self.logits - waiting.log_()
+        if self.forbidden is not None:
+            score = score.masked_fill(self.forbidden, -math.inf)  # where E is 0 too, and the score no number
+        return score.argmax(-1)
 
     def _log_probs(self) -> Tensor:
         return torch.log_softmax(self.logits, dim=-1)
+
+
+class MultiCategoricalDistribution(Distribution):
+    """d independent choices, each of its own number of values, counted from 0.
+
+    Args:
+        logits: Unnormalised log-probabilities of all choices in a row, (B, sum of n_values).
+        n_values: How many values each choice has, d numbers.
+        mask: Which values are allowed, (B, sum of n_values) bool, as for `CategoricalDistribution`; None allows all.
+    """
+
+    def __init__(self, logits: Tensor, n_values: Sequence[int], mask: Tensor | None = None) -> None:
+        masks = [None] * len(n_values) if mask is None else mask.split(list(n_values), dim=-1)
+        parts = logits.split(list(n_values), dim=-1)
+        self.choices = [CategoricalDistribution(*part) for part in zip(parts, masks, strict=True)]
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        parts = zip(self.choices, action.unbind(-1), strict=True)
+        return torch.stack([choice.log_prob(part) for choice, part in parts]).sum(0)
+
+    def entropy(self) -> Tensor:
+        return torch.stack([choice.entropy() for choice in self.choices]).sum(0)
+
+    def mode(self) -> Tensor:
+        return torch.stack([choice.mode() for choice in self.choices], dim=-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return torch.stack([choice.sample(generator) for choice in self.choices], dim=-1)
+
+
+class BernoulliDistribution(Distribution):
+    """d independent switches, 0 or 1.
+
+    Args:
+        logits: log p - log (1 - p) of each being 1, (B, d).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        # log p = -softplus(-logit), log (1 - p) = -softplus(logit)
+        return -functional.softplus(torch.where(action > 0.5, -self.logits, self.logits)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        # H = softplus(logit) - p logit
+        return (functional.softplus(self.logits) - torch.sigmoid(self.logits) * self.logits).sum(-1)
+
+    def mode(self) -> Tensor:
+        return (self.logits > 0).to(self.logits.dtype)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        draw = torch.empty_like(self.logits).uniform_(generator=generator)
+        return (draw < torch.sigmoid(self.logits)).to(self.logits.dtype)
 
 
 class DiagGaussianDistribution(Distribution):
@@ -87,3 +157,154 @@ class DiagGaussianDistribution(Distribution):
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         noise = torch.empty_like(self.mean).normal_(generator=generator)
         return (self.mean + self.log_std.exp() * noise).detach()
+
+
+class SquashedDiagGaussianDistribution(DiagGaussianDistribution):
+    """The hyperbolic tangent of independent normal variables: all actions lie in [-1, 1].
+
+    log pi(a) = log N(u; mu, sigma) - sum log (1 - tanh(u)^2) with a = tanh(u): Haarnoja et al. 2018, arXiv:1812.05905,
+    appendix C.
+
+    Args:
+        mean: Of the normal variables, (B, d).
+        log_std: Logarithm of their standard deviations, (d,).
+    """
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        # In float32, tanh is 1 from 9 on: an action on a bound counts as one just inside.
+        edge = 1 - 2 * torch.finfo(action.dtype).eps
+        unbounded = torch.atanh(action.clamp(-edge, edge))
+        return super().log_prob(unbounded) - _log_slope(unbounded).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """H = H(N) + E[log (1 - tanh(u)^2)], the expectation by Gauss-Hermite quadrature in each dimension."""
+        nodes, weights = (torch.as_tensor(x, dtype=self.mean.dtype, device=self.mean.device) for x in _QUADRATURE)
+        unbounded = self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes  # (B, d, nodes)
+        return super().entropy() + (_log_slope(unbounded) * weights).sum((-1, -2))
+
+    def mode(self) -> Tensor:
+        """tanh of the mean, which is the median in each dimension."""
+        return torch.tanh(self.mean)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return torch.tanh(super().sample(generator))
+
+
+def _quadrature(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes x and weights w such that sum w f(x) is E[f(x)] for a standard normal x."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n_nodes)
+    return nodes, weights / weights.sum()
+
+
+_QUADRATURE = _quadrature(32)
+
+
+def _log_slope(unbounded: Tensor) -> Tensor:
+    """log (1 - tanh(u)^2), without loss of digits where tanh is close to 1."""
+    return 2 * (math.log(2) - unbounded - functional.softplus(-2 * unbounded))
+
+
+class CombinedDistribution(Distribution):
+    """Independent distributions over the parts of a Dict or Tuple action, nested as the space is.
+
+    Args:
+        parts: A distribution in the place of each part.
+    """
+
+    def __init__(self, parts: Tree) -> None:
+        self.parts = parts
+
+    def log_prob(self, action: Tree) -> Tensor:
+        pairs = zip(leaves(self.parts), leaves(action), strict=True)
+        return torch.stack([part.log_prob(values) for (_, part), (_, values) in pairs]).sum(0)
+
+    def entropy(self) -> Tensor:
+        return torch.stack([part.entropy() for _, part in leaves(self.parts)]).sum(0)
+
+    def mode(self) -> Tree:
+        return tree_map(lambda part: part.mode(), self.parts)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tree:
+        return tree_map(lambda part: part.sample(generator), self.parts)
+
+
+class DistributionFamily:
+    """The distributions over one action space: what a network must give for one, and what is made of it.
+
+    Args:
+        space: Discrete, Box, MultiDiscrete, MultiBinary, or a Dict or Tuple of these.
+        squash: Whether Boxes get a `SquashedDiagGaussianDistribution`.
+
+    Attributes:
+        width: How many numbers a network must give for each state.
+        n_dims: Dimensions of all Boxes; each has a standard deviation.
+        n_choices: Length of a mask: the values of all Discrete and MultiDiscrete parts in a row.
+    """
+
+    def __init__(self, space: spaces.Space[Any], squash: bool = False) -> None:
+        self._tree = space_tree(space)
+        self._squash = squash
+        self._is_combined = isinstance(space, (spaces.Dict, spaces.Tuple))
+        parts = [part for _, part in leaves(self._tree)]
+        self.n_dims = sum(_size(part) for part in parts if isinstance(part, spaces.Box))
+        self.n_choices = n_choices(space)
+        self.width = self.n_dims + self.n_choices + sum(_size(p) for p in parts if isinstance(p, spaces.MultiBinary))
+
+    def __call__(self, parameters: Tensor, log_std: Tensor | None = None, mask: Tensor | None = None) -> Distribution:
+        """The distributions that a network describes.
+
+        Args:
+            parameters: (B, width).
+            log_std: (n_dims,), where there are Boxes.
+            mask: Which choices are allowed, (B, n_choices) bool; None allows all.
+        """
+        if not self._is_combined:
+            return self._make(self._tree, parameters, log_std, mask)
+        used = used_dims = used_choices = 0
+
+        def make(part: spaces.Space[Any]) -> Distribution:
+            nonlocal used, used_dims, used_choices
+            choices, dims = n_choices(part), _size(part) if isinstance(part, spaces.Box) else 0
+            width = choices or _size(part)
+            made = self._make(
+                part,
+                parameters[:, used : used + width],
+                None if log_std is None else log_std[used_dims : used_dims + dims],
+                None if mask is None else mask[:, used_choices : used_choices + choices],
+            )
+            used, used_dims, used_choices = used + width, used_dims + dims, used_choices + choices
+            return made
+
+        return CombinedDistribution(tree_map(make, self._tree))
+
+    def flat(self, action: Tree) -> Tree:
+        """Actions (B, *shape) as the distributions take them: (B,) of a Discrete, (B, d) of the others."""
+        return tree_map(
+            lambda part, leaf: leaf if isinstance(part, spaces.Discrete) else leaf.reshape(len(leaf), -1),
+            self._tree,
+            action,
+        )
+
+    def to_numpy(self, action: Tree) -> Tree:
+        """Actions of a distribution as arrays (B, *shape)."""
+        return tree_map(
+            lambda part, leaf: leaf.cpu().numpy().reshape(len(leaf), *(part.shape or ())), self._tree, action
+        )
+
+    def _make(
+        self, space: spaces.Space[Any], parameters: Tensor, log_std: Tensor | None, mask: Tensor | None
+    ) -> Distribution:
+        if isinstance(space, spaces.Discrete):
+            return CategoricalDistribution(parameters, mask)
+        if isinstance(space, spaces.MultiDiscrete):
+            return MultiCategoricalDistribution(parameters, space.nvec.reshape(-1).tolist(), mask)
+        if isinstance(space, spaces.MultiBinary):
+            return BernoulliDistribution(parameters)
+        assert log_std is not None
+        if self._squash:
+            return SquashedDiagGaussianDistribution(parameters, log_std)
+        return DiagGaussianDistribution(parameters, log_std)
+
+
+def _size(space: spaces.Space[Any]) -> int:
+    return math.prod(space.shape or ())

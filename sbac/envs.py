@@ -16,10 +16,11 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from sbac.adapters import Adapter, GymnasiumAdapter, StableBaselinesAdapter, Step, killed_workers
+from sbac.adapters import Adapter, GymnasiumAdapter, StableBaselinesAdapter, Step, killed_workers, stack_masks
 from sbac.guards import EnvironmentFault, NotFiniteError, nearest
+from sbac.observations import MASK, n_choices, value_limits
 from sbac.tape import Recording, Tape
-from sbac.trees import Tree, all_finite, copy_tree, first_not_finite, leaves, rows, set_rows, space_tree
+from sbac.trees import Tree, all_finite, copy_tree, first_not_finite, leaves, rows, set_rows, space_tree, tree_map
 
 EnvironmentLike = Any
 """An id, `gymnasium.Env`, factory, list of factories, Gymnasium ``VectorEnv``, or Stable-Baselines ``VecEnv``."""
@@ -36,7 +37,8 @@ class Spaces(NamedTuple):
 class ActionCodec:
     """From the actions of an algorithm to those of an environment, and back.
 
-    An algorithm acts in [-1, 1] wherever the environment's Box is finite, and counts discrete actions from 0.
+    An algorithm acts in [-1, 1] wherever the environment's Box is finite, and counts discrete actions from 0. Actions
+    of a Dict or Tuple are trees, each part of which is handled as if it stood alone.
 
     Args:
         space: The action space of one environment.
@@ -45,6 +47,9 @@ class ActionCodec:
     def __init__(self, space: spaces.Space[Any]) -> None:
         self.space = space
         self.rescales = False
+        self._parts: Tree = None  # of a Dict or Tuple, a codec in the place of each part
+        if isinstance(space, (spaces.Dict, spaces.Tuple)):
+            self._parts = tree_map(ActionCodec, space_tree(space))
         if isinstance(space, spaces.Box):
             self._dtype = np.dtype(space.dtype)
             self._low = space.low.astype(np.float64)
@@ -56,24 +61,28 @@ class ActionCodec:
                 # Where rounding would keep +-1 off a bound, reach a little beyond it: `to_env` clips.
                 short = (self._center + self._half_range < self._high) | (self._center - self._half_range > self._low)
                 self._half_range += short * np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
-        elif isinstance(space, spaces.Discrete):
-            self._start = int(space.start)
+        elif isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+            self._start = space.start
 
-    def to_env(self, action: np.ndarray) -> np.ndarray:
+    def to_env(self, action: Tree) -> Tree:
         """Actions (..., *shape) of an algorithm in the environment's own units, inside its bounds."""
+        if self._parts is not None:
+            return tree_map(lambda codec, part: codec.to_env(part), self._parts, action)
         if isinstance(self.space, spaces.Box):
             native = np.clip(self._center + self._half_range * action, self._low, self._high)
             return (np.rint(native) if np.issubdtype(self._dtype, np.integer) else native).astype(self._dtype)
-        if isinstance(self.space, spaces.Discrete):
+        if isinstance(self.space, (spaces.Discrete, spaces.MultiDiscrete)):
             return (action + self._start).astype(self.space.dtype)
-        return action
+        return action.astype(self.space.dtype, copy=False)
 
-    def from_env(self, action: np.ndarray) -> np.ndarray:
+    def from_env(self, action: Tree) -> Tree:
         """Actions (..., *shape) of an environment in the units of an algorithm."""
+        if self._parts is not None:
+            return tree_map(lambda codec, part: codec.from_env(part), self._parts, action)
         if isinstance(self.space, spaces.Box):
             half_range = np.where(self._half_range > 0, self._half_range, 1.0)
             return ((np.asarray(action, dtype=np.float64) - self._center) / half_range).astype(np.float32)
-        if isinstance(self.space, spaces.Discrete):
+        if isinstance(self.space, (spaces.Discrete, spaces.MultiDiscrete)):
             return np.asarray(action) - self._start
         return np.asarray(action)
 
@@ -102,14 +111,16 @@ class Environments:
         self.codec = ActionCodec(self.action_space)
         self.reset_count = 0
         self._step_count = 0
+        self._n_choices = n_choices(self.action_space)
+        self._sends_masks = False
         self._promised = {
             name: ((self.num_envs, *(leaf.shape or ())), np.dtype(leaf.dtype))
             for name, leaf in leaves(space_tree(self.observation_space))
         }
-        self._discrete = {
-            name: (int(leaf.start), int(leaf.start + leaf.n))
+        self._limits = {
+            name: limits
             for name, leaf in leaves(space_tree(self.observation_space))
-            if isinstance(leaf, spaces.Discrete)
+            if (limits := value_limits(leaf)) is not None
         }
 
     @property
@@ -140,24 +151,26 @@ class Environments:
         except Exception as error:
             raise self._fault("reset", error) from error
         self._check_obs(obs, "reset")
-        return obs
+        self._sends_masks = self._n_choices > 0 and self._adapter.action_mask is not None
+        return self._with_mask(obs, np.ones(self.num_envs, bool), "reset")
 
-    def step(self, action: np.ndarray) -> Step:
+    def step(self, action: Tree) -> Step:
         """Step every environment with the actions of an algorithm: (n, *shape), in [-1, 1] for a finite Box.
 
         Raises:
             EnvironmentFault: An environment raised or sent what its space does not allow.
             NotFiniteError: NaN or infinity in an action, observation or reward.
         """
-        if not all_finite(action):
-            index = first_not_finite(action)
-            raise NotFiniteError(
-                f"action for environment {index} at step {self._step_count + 1} is not finite: {action[index]}; "
-                "the policy's weights may have diverged: try a smaller learning rate or max_grad_norm"
-            )
+        for _, part in leaves(action):
+            if not all_finite(part):
+                index = first_not_finite(part)
+                raise NotFiniteError(
+                    f"action for environment {index} at step {self._step_count + 1} is not finite: {part[index]}; "
+                    "the policy's weights may have diverged: try a smaller learning rate or max_grad_norm"
+                )
         return self.step_native(self.codec.to_env(action))
 
-    def step_native(self, action: np.ndarray) -> Step:
+    def step_native(self, action: Tree) -> Step:
         """Step every environment with actions in the environments' own units."""
         self._step_count += 1
         where = f"step {self._step_count}"
@@ -175,7 +188,30 @@ class Environments:
                 f"environment {index} sent the reward {reward[index]} at step {self._step_count}; "
                 "rewards must be finite numbers: check the environment's reward for divisions and logarithms"
             )
-        return step._replace(reward=reward)
+        obs = self._with_mask(step.obs, ~(step.terminated | step.truncated), where) if self._n_choices else step.obs
+        return step._replace(obs=obs, reward=reward)
+
+    def _with_mask(self, obs: Tree, goes_on: np.ndarray, where: str) -> Tree:
+        """Observations with the masks of allowed actions that the infos hold put beside them; see `split_mask`."""
+        is_among_them = isinstance(self.observation_space, spaces.Dict) and MASK in self.observation_space.spaces
+        mask = obs[MASK] if is_among_them else self._adapter.action_mask
+        if mask is None or not self._n_choices:
+            if self._sends_masks:
+                raise EnvironmentFault(f"no environment sent an {MASK} in its info at {where}, as they did before")
+            return obs
+        if mask[0].size != self._n_choices or not (is_among_them or self._sends_masks):
+            raise EnvironmentFault(
+                f"the environments sent an {MASK} of shape {mask.shape} at {where}; it must come with reset and each "
+                f"step, and for actions of {self.action_space} it has {self._n_choices} numbers"
+            )
+        # Once an episode is over, nothing need be allowed.
+        stuck = goes_on & ~mask.reshape(self.num_envs, -1).any(1)
+        if stuck.any():
+            raise EnvironmentFault(
+                f"environment {int(np.argmax(stuck))} sent an {MASK} that allows nothing at {where}; a state in which "
+                "nothing can be done must end the episode"
+            )
+        return obs if is_among_them else {"observation": obs, MASK: mask}
 
     def recordings(self) -> list[Recording | None]:
         """What it takes to put each environment back; None for one that can't be."""
@@ -210,7 +246,9 @@ class Environments:
                 failed[i] = why
                 first, _ = env.reset(seed=None if seed is None else seed + i)
                 set_rows(obs, i, first)
-        return obs, failed
+        self._adapter.action_mask = stack_masks([env.action_mask for env in self._watched])
+        self._sends_masks = self._n_choices > 0 and self._adapter.action_mask is not None
+        return self._with_mask(obs, np.ones(self.num_envs, bool), "reset"), failed
 
     @property
     def _watched(self) -> list[_Watched]:
@@ -236,14 +274,14 @@ class Environments:
                     f"the vector environment sent observations{part} of shape {array.shape} and dtype {array.dtype} at "
                     f"{where}; its space promises {shape} and {dtype}: mend the environment or its space"
                 )
-            if name in self._discrete:
-                low, high = self._discrete[name]
-                outside = (array < low) | (array >= high)
+            if name in self._limits:
+                low, high = self._limits[name]
+                outside = ((array < low) | (array > high)).reshape(self.num_envs, -1).any(1)
                 if outside.any():
                     index = int(np.argmax(outside))
                     raise EnvironmentFault(
                         f"environment {index} sent the observation{part} {array[index]} at {where}, which is outside "
-                        f"its space: from {low} to {high - 1}"
+                        f"its space: from {low} to {high}"
                     )
             if not all_finite(array):
                 index = first_not_finite(array)
@@ -284,6 +322,7 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
         super().__init__(env)
         self.tape = Tape(env)
+        self.action_mask: Any = None  # that came with the newest observation
         self._index = index
         self._steps = 0
         self._shape = env.observation_space.shape
@@ -297,6 +336,7 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._fault("reset", error) from error
         self._check(obs, "reset")
+        self.action_mask = info.get(MASK)
         return obs, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -313,6 +353,7 @@ class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
                 f"environment {self._index} ({self._name}) sent the reward {reward!r}, terminated {terminated!r} and "
                 f"truncated {truncated!r} at {self._where('step')}; a reward is one number, the others True or False"
             )
+        self.action_mask = info.get(MASK)
         return obs, reward, terminated, truncated, info
 
     def put_back(self, recording: Recording | None, obs: Tree, total: float) -> str | None:

@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.guards import NotFiniteError
-from sbac.trees import Tree, leaves, space_tree, tree_map
+from sbac.preprocessing import flat_dim, is_image_space
+from sbac.trees import Tree, leaves, space_tree
 
 
 class BaseFeaturesExtractor(nn.Module):
@@ -38,58 +38,86 @@ class FlattenExtractor(BaseFeaturesExtractor):
     """Lays each observation flat, as `preprocess` gives it."""
 
     def __init__(self, observation_space: spaces.Space[Any]) -> None:
-        if isinstance(observation_space, spaces.Discrete):
-            super().__init__(observation_space, int(observation_space.n))
-        else:
-            super().__init__(observation_space, math.prod(observation_space.shape or ()))
+        super().__init__(observation_space, flat_dim(observation_space))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """From (B, *obs_shape), one-hot (B, n) where Discrete, to (B, features_dim)."""
+        """From (B, *obs_shape), one-hot where Discrete or MultiDiscrete, to (B, features_dim)."""
         return obs.reshape(len(obs), self.features_dim)
 
 
-class CombinedExtractor(BaseFeaturesExtractor):
-    """A tree of observations (Dict or Tuple), each leaf as `FlattenExtractor` reads it, joined."""
+class NatureCNN(BaseFeaturesExtractor):
+    """Three convolutions and one linear layer (Mnih et al. 2015, "Human-level control", Nature 518).
 
-    def __init__(self, observation_space: spaces.Space[Any]) -> None:
-        bodies = [FlattenExtractor(leaf) for _, leaf in leaves(space_tree(observation_space))]
+    Args:
+        observation_space: A Box of three dimensions, channels first, of at least 36 x 36 pixels.
+        features_dim: How many features `forward` returns for each image.
+
+    Raises:
+        ValueError: The space is no such Box.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], features_dim: int = 512) -> None:
+        super().__init__(observation_space, features_dim)
+        if not fits_nature_cnn(observation_space):
+            raise ValueError(
+                f"NatureCNN reads images of at least {SMALLEST_IMAGE} x {SMALLEST_IMAGE} pixels, channels first, not "
+                f"{observation_space}; MlpPolicy reads any Box, and gymnasium.wrappers.ResizeObservation makes images "
+                "larger"
+            )
+        n_channels, height, width = observation_space.shape or ()
+        self.cnn = nn.Sequential(
+            nn.Conv2d(n_channels, 32, kernel_size=8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, kernel_size=4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, kernel_size=3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        n_flat = 64 * _after_convolutions(height) * _after_convolutions(width)
+        self.linear = nn.Sequential(nn.Linear(n_flat, features_dim), nn.ReLU())
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(B, channels, height, width) -> (B, features_dim)."""
+        return self.linear(self.cnn(obs))
+
+
+SMALLEST_IMAGE = 36
+"""Pixels of a side, below which nothing is left after the convolutions of `NatureCNN`."""
+
+
+def _after_convolutions(side: int) -> int:
+    for kernel, stride in ((8, 4), (4, 2), (3, 1)):
+        side = (side - kernel) // stride + 1
+    return side
+
+
+def fits_nature_cnn(space: spaces.Space[Any]) -> bool:
+    """Whether `NatureCNN` can read a space: a Box of three dimensions, the last two of at least 36."""
+    return isinstance(space, spaces.Box) and len(space.shape) == 3 and min(space.shape[1:]) >= SMALLEST_IMAGE
+
+
+class CombinedExtractor(BaseFeaturesExtractor):
+    """A tree of observations (Dict or Tuple), one body for each leaf, joined.
+
+    Images go through a `NatureCNN` each, if they are large enough for it, and everything else is laid flat.
+
+    Args:
+        observation_space: Of one environment.
+        cnn_output_dim: Features of each image.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], cnn_output_dim: int = 256) -> None:
+        bodies: list[BaseFeaturesExtractor] = []
+        for _, leaf in leaves(space_tree(observation_space)):
+            is_picture = is_image_space(leaf) and fits_nature_cnn(leaf)
+            bodies.append(NatureCNN(leaf, cnn_output_dim) if is_picture else FlattenExtractor(leaf))
         super().__init__(observation_space, sum(body.features_dim for body in bodies))
         self.bodies = nn.ModuleList(bodies)
 
     def forward(self, obs: Tree) -> Tensor:
         """From a tree of (B, *leaf_shape) to (B, features_dim)."""
         return torch.cat([body(leaf) for body, (_, leaf) in zip(self.bodies, leaves(obs), strict=True)], dim=1)
-
-
-def preprocess(obs: Tree, space: spaces.Space[Any], normalize_images: bool = True) -> Tree:
-    """Observations as an extractor gets them: floating-point numbers throughout. Buffers keep them as they are.
-
-    Args:
-        obs: A tensor (B, *obs_shape), or a tree of them where the space is one.
-        space: Of one observation.
-        normalize_images: Whether to divide the pixels of images, which are uint8 Boxes of three dimensions from 0 to
-            255, by 255.
-
-    Returns:
-        As float32: a Box in its shape, a Discrete as one-hot (B, n), a tree leaf by leaf.
-    """
-    if isinstance(space, spaces.Box):
-        return obs.float() / 255 if normalize_images and is_image_space(space) else obs.float()
-    if isinstance(space, spaces.Discrete):
-        return nn.functional.one_hot(obs.long() - int(space.start), int(space.n)).float()
-    if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return tree_map(lambda leaf, values: preprocess(values, leaf, normalize_images), space_tree(space), obs)
-    return obs.float()
-
-
-def is_image_space(space: spaces.Space[Any]) -> bool:
-    """Whether observations are images: uint8 in three dimensions, from 0 to 255."""
-    return (
-        isinstance(space, spaces.Box)
-        and len(space.shape) == 3
-        and space.dtype == np.uint8
-        and bool((space.low == 0).all() and (space.high == 255).all())
-    )
 
 
 def default_extractor(observation_space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:

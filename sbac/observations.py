@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,20 +11,72 @@ from gymnasium import spaces
 from sbac.guards import NotFiniteError
 from sbac.trees import Tree, all_finite, leaves, space_tree, tree_map
 
+READABLE = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+MASK = "action_mask"
+
 
 def check_observation_space(space: spaces.Space[Any], algorithm: str) -> None:
     """Refuse observations that no policy can read.
 
     Raises:
-        ValueError: A part of the space is neither Box nor Discrete.
+        ValueError: A part of the space is none of the four kinds of arrays.
     """
     for name, leaf in leaves(space_tree(space)):
-        if not isinstance(leaf, (spaces.Box, spaces.Discrete)):
+        if not isinstance(leaf, READABLE):
             where = f" (at {name!r} in {space})" if name else ""
             raise ValueError(
-                f"{algorithm} reads Box and Discrete observations, and Dict and Tuple of them, not {leaf}{where}; "
-                "gymnasium.wrappers.FlattenObservation turns most spaces into a Box"
+                f"{algorithm} reads Box, Discrete, MultiDiscrete and MultiBinary observations, and Dict and Tuple of "
+                f"them, not {leaf}{where}; gymnasium.wrappers.FlattenObservation or TransformObservation can turn it "
+                "into a Box"
             )
+
+
+def check_action_space(space: spaces.Space[Any], algorithm: str) -> None:
+    """Refuse actions that no stochastic policy can draw.
+
+    Raises:
+        ValueError: A part of the space is none of the four kinds of arrays.
+    """
+    for name, leaf in leaves(space_tree(space)):
+        if not isinstance(leaf, READABLE):
+            where = f" (at {name!r} in {space})" if name else ""
+            raise ValueError(
+                f"{algorithm} acts in Box, Discrete, MultiDiscrete and MultiBinary spaces, and Dict and Tuple of them, "
+                f"not in {leaf}{where}; gymnasium.wrappers.TransformAction can make its actions of one of these"
+            )
+
+
+def n_choices(space: spaces.Space[Any]) -> int:
+    """The number of values of all Discrete and MultiDiscrete parts of an action space: the length of a mask."""
+    parts = [part for _, part in leaves(space_tree(space))]
+    discrete = sum(int(part.n) for part in parts if isinstance(part, spaces.Discrete))
+    return discrete + sum(int(part.nvec.sum()) for part in parts if isinstance(part, spaces.MultiDiscrete))
+
+
+def split_mask(obs: Tree, space: spaces.Space[Any], n_choices: int) -> tuple[Tree, Any]:
+    """Observations, and the mask of allowed actions that is among them or came with them.
+
+    A mask is among them under "action_mask" where the space is a Dict with such a part. Where environments send it as
+    ``info["action_mask"]``, the door puts it beside the observation: {"observation": ..., "action_mask": ...}.
+
+    Args:
+        obs: Of one or more environments, or a batch, as arrays or tensors.
+        space: Of one observation.
+        n_choices: Length of a mask; 0 where there is nothing to choose from.
+
+    Returns:
+        Observations in the form of the space, and the mask or None.
+    """
+    is_among_them = isinstance(space, spaces.Dict) and MASK in space.spaces
+    if is_among_them:
+        return obs, obs[MASK] if n_choices else None
+    return (obs["observation"], obs[MASK]) if carries_mask(obs, space) else (obs, None)
+
+
+def carries_mask(obs: Tree, space: spaces.Space[Any]) -> bool:
+    """Whether a mask was put beside observations of this space."""
+    is_among_them = isinstance(space, spaces.Dict) and MASK in space.spaces
+    return not is_among_them and isinstance(obs, Mapping) and obs.keys() == {"observation", MASK}
 
 
 def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
@@ -40,6 +93,10 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
         ValueError: The observation does not have the form of the space.
         NotFiniteError: It holds NaN or infinity.
     """
+    if carries_mask(observation, space):
+        obs, single = as_batch(observation["observation"], space)
+        mask = np.asarray(observation[MASK])
+        return {"observation": obs, MASK: mask[None] if single else mask}, single
     is_pair = isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict)
     if is_pair and not isinstance(space, spaces.Tuple):
         raise ValueError("predict: this is a pair of observation and info, as reset returns it: pass the first only")
@@ -61,10 +118,13 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
                 f"predict: the observation{part} has shape {leaf.shape} and dtype {leaf.dtype}, but the model was made "
                 f"for {promise}: pass shape {promise.shape}, or {('n', *promise.shape)} for a batch"
             )
-        if isinstance(promise, spaces.Discrete) and not _all_within(leaf, promise):
+        limits = value_limits(promise)
+        if limits is not None and (
+            leaf.dtype.kind not in "biu" or (leaf < limits[0]).any() or (leaf > limits[1]).any()
+        ):
             raise ValueError(
                 f"predict: the observation{part} is {leaf}; the model was made for whole numbers from "
-                f"{promise.start} to {promise.start + promise.n - 1}"
+                f"{limits[0]} to {limits[1]}"
             )
         leaf = leaf.astype(promise.dtype, copy=False)
         if not all_finite(leaf):
@@ -75,6 +135,10 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
     return tree_map(lambda _: checked(next(names)), space_tree(space)), single
 
 
-def _all_within(array: np.ndarray, space: spaces.Discrete) -> bool:
-    below, above = array < space.start, array >= space.start + space.n
-    return array.dtype.kind in "iu" and not (below.any() or above.any())
+def value_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
+    """The least and the largest value of a space of whole numbers, each of its shape; None for a Box."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.start), int(space.start + space.n - 1)
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    return (0, 1) if isinstance(space, spaces.MultiBinary) else None

@@ -1,4 +1,4 @@
-"""Policies: a stochastic actor with a state-value critic, and a deterministic actor with action-value critics."""
+"""Policies: what all have in common, and a stochastic actor with a state-value critic, for A2C and A3C."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
+from sbac.distributions import Distribution, DistributionFamily
 from sbac.envs import ActionCodec
-from sbac.guards import require_constant, require_whole
+from sbac.guards import require_constant
 from sbac.networks import (
     BaseFeaturesExtractor,
+    NatureCNN,
     Trainable,
     create_mlp,
     default_extractor,
-    init_fan_in,
+    fits_nature_cnn,
     init_orthogonal,
-    init_uniform,
-    preprocess,
 )
-from sbac.observations import as_batch
-from sbac.trees import Tree, batch_size, tree_map
+from sbac.observations import MASK, as_batch, split_mask
+from sbac.preprocessing import Preprocessor, is_image_space, obs_to_tensor
+from sbac.trees import Tree, leaves, rows, space_tree
 
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
 """Units of the hidden layers: one list for both networks, or a dict with a list for each."""
@@ -103,6 +103,32 @@ def make_extractor(
     return features_extractor_class(observation_space, **dict(features_extractor_kwargs or {}))
 
 
+def image_extractor(
+    observation_space: spaces.Space[Any], features_extractor_class: type[BaseFeaturesExtractor] | None
+) -> type[BaseFeaturesExtractor]:
+    """The body that was asked for, or `NatureCNN`.
+
+    Raises:
+        ValueError: The observations are not one image.
+    """
+    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
+        raise ValueError(f"CnnPolicy reads one image, not {observation_space}; MultiInputPolicy reads Dict and Tuple")
+    if not (isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3):
+        raise ValueError(f"CnnPolicy reads images, Boxes of three dimensions, not {observation_space}; use MlpPolicy")
+    return features_extractor_class or NatureCNN
+
+
+def choose_policy(observation_space: spaces.Space[Any]) -> tuple[str, str]:
+    """The name of the policy that "auto" stands for, and why."""
+    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
+        return "MultiInputPolicy", f"observations are a {type(observation_space).__name__}"
+    if not is_image_space(observation_space):
+        return "MlpPolicy", f"observations are no images but {observation_space}"
+    if fits_nature_cnn(Preprocessor(observation_space).space):
+        return "CnnPolicy", "observations are images"
+    return "MlpPolicy", f"images of shape {observation_space.shape} are too small for CnnPolicy"
+
+
 class BasePolicy(nn.Module, ABC):
     """What both policies offer to those who hold a policy without its algorithm.
 
@@ -123,7 +149,7 @@ class BasePolicy(nn.Module, ABC):
         self._predict_generator = torch.Generator().manual_seed(torch.initial_seed())
 
     @abstractmethod
-    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
+    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> Tree:
         """Actions (n, *action_shape), in the units of an algorithm, for observations (n, *obs_shape)."""
 
     @abstractmethod
@@ -136,7 +162,7 @@ class BasePolicy(nn.Module, ABC):
         state: Any = None,
         episode_start: Any = None,
         deterministic: bool = True,
-    ) -> tuple[np.ndarray, Any]:
+    ) -> tuple[Tree, Any]:
         """The policy's action; as `BaseAlgorithm.predict`, for scripts that hold only the policy.
 
         Args:
@@ -155,7 +181,7 @@ class BasePolicy(nn.Module, ABC):
         obs, single = as_batch(observation, self.observation_space)
         self.set_training_mode(False)
         native = self._codec.to_env(self.act(obs, deterministic, self._predict_generator))
-        return (native[0] if single else native), state
+        return (rows(native, 0) if single else native), state
 
     def obs_to_tensor(self, observation: Any) -> tuple[Tree, bool]:
         """Observations as the networks take them.
@@ -178,13 +204,14 @@ class StochasticActorCritic(Trainable, BasePolicy):
     """pi(a|s) and V(s), for A2C and A3C.
 
     Args:
-        observation_space: Box or Discrete.
-        action_space: Box or Discrete.
+        observation_space: Box, Discrete, MultiDiscrete, MultiBinary, or Dict and Tuple of these.
+        action_space: Discrete, Box, MultiDiscrete, MultiBinary, or Dict and Tuple of these.
         device: Where the networks live.
         net_arch: Hidden layers; a list for both networks, or ``dict(pi=[...], vf=[...])``.
         activation_fn: After each hidden layer.
         ortho_init: Orthogonal initialisation, with gains sqrt 2 (bodies), 0.01 (actions), 1 (value); else torch's own.
         log_std_init: Logarithm of the first standard deviation of a Gaussian policy, in units of [-1, 1].
+        squash: Whether actions of a Box, which must be finite, are squashed into it by tanh, rather than clipped.
         layer_norm: Whether to normalise before each activation.
         dropout: Share of each hidden layer's units that training leaves out, in [0, 1).
         features_extractor_class: The body in front of both networks; by default `CombinedExtractor` for Dict and
@@ -192,6 +219,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         features_extractor_kwargs: Its further arguments.
         share_features_extractor: One body for both, or one for each.
         normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
+        channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
     """
 
     def __init__(
@@ -203,23 +231,27 @@ class StochasticActorCritic(Trainable, BasePolicy):
         activation_fn: type[nn.Module] = nn.Tanh,
         ortho_init: bool = True,
         log_std_init: float = 0.0,
+        squash: bool = False,
         layer_norm: bool = False,
         dropout: float = 0.0,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: Mapping[str, Any] | None = None,
         share_features_extractor: bool = True,
         normalize_images: bool = True,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         self._set_spaces(observation_space, action_space, device)
-        self.normalize_images = normalize_images
+        self.preprocessor = Preprocessor(observation_space, normalize_images, channels_last)
 
         pi_arch, vf_arch = split_net_arch(net_arch, ("pi", "vf"))
         check_module_class("activation_fn", activation_fn, "torch.nn.Tanh")
         require_constant("policy_kwargs: log_std_init", log_std_init)
         require_constant("policy_kwargs: dropout", dropout, minimum=0, below=1)
+        if squash:
+            _require_squashable(action_space)
         self.share_features_extractor = share_features_extractor
-        extractor_arguments = observation_space, features_extractor_class, features_extractor_kwargs
+        extractor_arguments = self.preprocessor.space, features_extractor_class, features_extractor_kwargs
         self.features_extractor = make_extractor(*extractor_arguments)
         if share_features_extractor:
             self.vf_features_extractor = self.features_extractor
@@ -229,13 +261,11 @@ class StochasticActorCritic(Trainable, BasePolicy):
         features_dim = self.features_extractor.features_dim
         self.policy_net = nn.Sequential(*create_mlp(features_dim, 0, pi_arch, activation_fn, layer_norm, dropout))
         self.value_net = nn.Sequential(*create_mlp(features_dim, 1, vf_arch, activation_fn, layer_norm, dropout))
-        pi_features = pi_arch[-1] if pi_arch else features_dim
-        if isinstance(action_space, spaces.Discrete):
-            self.action_net = nn.Linear(pi_features, int(action_space.n))
-        else:
-            action_dim = int(np.prod(action_space.shape or ()))
-            self.action_net = nn.Linear(pi_features, action_dim)
-            self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))
+        self.family = DistributionFamily(action_space, squash)
+        _require_mask_length(observation_space, self.family.n_choices)
+        self.action_net = nn.Linear(pi_arch[-1] if pi_arch else features_dim, self.family.width)
+        if self.family.n_dims:
+            self.log_std = nn.Parameter(torch.full((self.family.n_dims,), float(log_std_init)))
 
         if ortho_init:
             init_orthogonal(self, gain=2**0.5)
@@ -244,194 +274,66 @@ class StochasticActorCritic(Trainable, BasePolicy):
         self.to(device)
         self.flatten()
 
-    def get_distribution(self, obs: Tensor) -> Distribution:
+    def get_distribution(self, obs: Tree) -> Distribution:
         """pi(.|s) for a batch of observations (B, *obs_shape)."""
-        return self._distribution(self.policy_net(self.features_extractor(self._preprocess(obs))))
+        obs, mask = self._read(obs)
+        return self._distribution(self.policy_net(self.features_extractor(obs)), mask)
 
-    def predict_values(self, obs: Tensor) -> Tensor:
+    def predict_values(self, obs: Tree) -> Tensor:
         """V(s) for a batch of observations: (B,)."""
-        return self.value_net(self.vf_features_extractor(self._preprocess(obs))).squeeze(-1)
+        obs, _ = self._read(obs)
+        return self.value_net(self.vf_features_extractor(obs)).squeeze(-1)
 
-    def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_actions(self, obs: Tree, action: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss needs.
 
         Args:
             obs: (B, *obs_shape).
-            action: (B,) for Discrete, (B, *action_shape) for Box.
+            action: (B, *action_shape), or a tree of them where the action space is one.
 
         Returns:
             V(s), log pi(a|s) and the entropy of pi(.|s), each (B,).
         """
-        obs = self._preprocess(obs)
+        obs, mask = self._read(obs)
         features = self.features_extractor(obs)
         vf_features = features if self.share_features_extractor else self.vf_features_extractor(obs)
-        distribution = self._distribution(self.policy_net(features))
-        if isinstance(distribution, DiagGaussianDistribution):
-            action = action.reshape(distribution.mean.shape)
+        distribution = self._distribution(self.policy_net(features), mask)
         value = self.value_net(vf_features).squeeze(-1)
-        return value, distribution.log_prob(action), distribution.entropy()
+        return value, distribution.log_prob(self.family.flat(action)), distribution.entropy()
 
     @torch.no_grad()
-    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
+    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> Tree:
         """Actions (n, *action_shape) for observations (n, *obs_shape): the most probable ones, or a draw of each."""
         distribution = self.get_distribution(obs_to_tensor(obs, self.device))
-        action = distribution.mode() if deterministic else distribution.sample(generator)
-        return action.cpu().numpy().reshape(batch_size(obs), *(self.action_space.shape or ()))
+        return self.family.to_numpy(distribution.mode() if deterministic else distribution.sample(generator))
 
     def forward(
-        self, obs: Tensor, deterministic: bool = False, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, obs: Tree, deterministic: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tree, Tensor, Tensor]:
         """Actions, V(s) and log pi(a|s) for a batch of observations."""
         distribution = self.get_distribution(obs)
         action = distribution.mode() if deterministic else distribution.sample(generator)
         return action, self.predict_values(obs), distribution.log_prob(action)
 
-    def _preprocess(self, obs: Tree) -> Tree:
-        return preprocess(obs, self.observation_space, self.normalize_images)
+    def _read(self, obs: Tree) -> tuple[Tree, Tensor | None]:
+        """Observations as the bodies read them, and the mask of allowed actions that came with them."""
+        obs, mask = split_mask(obs, self.observation_space, self.family.n_choices)
+        return self.preprocessor(obs), None if mask is None else mask.reshape(len(mask), -1) > 0
 
-    def _distribution(self, latent: Tensor) -> Distribution:
-        parameters = self.action_net(latent)
-        if isinstance(self.action_space, spaces.Discrete):
-            return CategoricalDistribution(parameters)
-        return DiagGaussianDistribution(parameters, self.log_std)
-
-
-class Actor(Trainable):
-    """mu(s), in [-1, 1].
-
-    Args:
-        observation_space: Of one environment.
-        action_space: A Box.
-        extractor: The body in front.
-        net_arch: Hidden layers.
-        activation_fn: After each hidden layer.
-        layer_norm: Whether to normalise before each activation.
-        final_init: The last layer's weights and biases are uniform in +-`final_init`; None keeps the fan-in rule.
-        normalize_images: Whether the pixels of images are divided by 255 in front of the body.
-    """
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        extractor: BaseFeaturesExtractor,
-        net_arch: Sequence[int],
-        activation_fn: type[nn.Module],
-        layer_norm: bool,
-        final_init: float | None,
-        normalize_images: bool,
-    ) -> None:
-        super().__init__()
-        self.observation_space = observation_space
-        self.normalize_images = normalize_images
-        self.features_extractor = extractor
-        action_dim = int(np.prod(action_space.shape or ()))
-        layers = create_mlp(extractor.features_dim, action_dim, net_arch, activation_fn, layer_norm)
-        self.mu = nn.Sequential(*layers, nn.Tanh())
-        init_fan_in(self.mu)
-        if final_init is not None:
-            init_uniform(self.mu[-2], final_init)  # type: ignore[arg-type]
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """(B, *obs_shape) -> (B, action_dim)."""
-        return self.mu(self.features_extractor(preprocess(obs, self.observation_space, self.normalize_images)))
+    def _distribution(self, latent: Tensor, mask: Tensor | None) -> Distribution:
+        return self.family(self.action_net(latent), getattr(self, "log_std", None), mask)
 
 
-class QNetwork(nn.Module):
-    """Q(s, a), with the action joining at a layer of choice.
+class CnnActorCritic(StochasticActorCritic):
+    """As `StochasticActorCritic`, for observations that are one image: "CnnPolicy".
 
     Args:
-        features_dim: Number of the state's features.
-        action_dim: Number of action dimensions.
-        net_arch: Hidden layers.
-        activation_fn: After each hidden layer.
-        layer_norm: Whether to normalise before each activation.
-        dropout: Share of each hidden layer's units that training leaves out, in [0, 1).
-        action_layer: The layer whose input the action joins: 0 is the first, 1 the second (Lillicrap et al. 2015).
-        final_init: As for `Actor`.
-    """
-
-    def __init__(
-        self,
-        features_dim: int,
-        action_dim: int,
-        net_arch: Sequence[int],
-        activation_fn: type[nn.Module],
-        layer_norm: bool,
-        dropout: float,
-        action_layer: int,
-        final_init: float | None,
-    ) -> None:
-        super().__init__()
-        below, above = net_arch[:action_layer], net_arch[action_layer:]
-        self.state_net = nn.Sequential(*create_mlp(features_dim, 0, below, activation_fn, layer_norm, dropout))
-        joined_dim = (below[-1] if below else features_dim) + action_dim
-        self.q_net = nn.Sequential(*create_mlp(joined_dim, 1, above, activation_fn, layer_norm, dropout))
-        init_fan_in(self)
-        if final_init is not None:
-            init_uniform(self.q_net[-1], final_init)  # type: ignore[arg-type]
-
-    def forward(self, features: Tensor, action: Tensor) -> Tensor:
-        """(B, features_dim), (B, action_dim) -> (B,)."""
-        joined = torch.cat([self.state_net(features), action], dim=1)
-        return self.q_net(joined).squeeze(-1)
-
-
-class Critic(Trainable):
-    """An ensemble of Q(s, a) behind one body.
-
-    Args:
-        observation_space: Of one environment.
-        extractor: The body in front.
-        q_networks: The members.
-        normalize_images: Whether the pixels of images are divided by 255 in front of the body.
-    """
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        extractor: BaseFeaturesExtractor,
-        q_networks: Sequence[QNetwork],
-        normalize_images: bool,
-    ) -> None:
-        super().__init__()
-        self.observation_space = observation_space
-        self.normalize_images = normalize_images
-        self.features_extractor = extractor
-        self.q_networks = nn.ModuleList(q_networks)
-
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """(B, *obs_shape), (B, action_dim) -> (n_critics, B)."""
-        features = self._features(obs)
-        return torch.stack([q_network(features, action) for q_network in self.q_networks])
-
-    def q1_forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Q(s, a) of the first member only: (B,)."""
-        return self.q_networks[0](self._features(obs), action)
-
-    def _features(self, obs: Tree) -> Tensor:
-        return self.features_extractor(preprocess(obs, self.observation_space, self.normalize_images))
-
-
-class DeterministicActorCritic(BasePolicy):
-    """mu(s), Q(s, a) and their targets, for DDPG and TD3.
-
-    Args:
-        observation_space: Box or Discrete.
-        action_space: A finite Box.
+        observation_space: An image.
+        action_space: As of `StochasticActorCritic`.
         device: Where the networks live.
-        net_arch: Hidden layers; a list for both networks, or ``dict(pi=[...], qf=[...])``.
-        activation_fn: After each hidden layer.
-        layer_norm: Whether to normalise before each activation.
-        dropout: Share of each hidden layer's units that training leaves out of the critics, in [0, 1).
-        n_critics: How many Q-networks.
-        action_layer: Where the action joins the critic: 0 at the input, 1 at the second layer, ...; None is the second
-            layer, or the input of a critic without hidden layers.
-        final_init: Last layers' weights and biases are uniform in +-`final_init`; None leaves them to the fan-in rule.
-        features_extractor_class: The body in front of each network; by default `CombinedExtractor` for Dict and
-            Tuple observations, else `FlattenExtractor`.
-        features_extractor_kwargs: Its further arguments.
-        normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
+        net_arch: Hidden layers behind the body.
+        features_extractor_class: The body in front of both networks.
+        **kwargs: As of `StochasticActorCritic`.
     """
 
     def __init__(
@@ -439,78 +341,28 @@ class DeterministicActorCritic(BasePolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         device: torch.device,
-        net_arch: NetArch = (256, 256),
-        activation_fn: type[nn.Module] = nn.ReLU,
-        layer_norm: bool = False,
-        dropout: float = 0.0,
-        n_critics: int = 2,
-        action_layer: int | None = 0,
-        final_init: float | None = None,
+        net_arch: NetArch = (),
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
-        features_extractor_kwargs: Mapping[str, Any] | None = None,
-        normalize_images: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self._set_spaces(observation_space, action_space, device)
-        pi_arch, qf_arch = split_net_arch(net_arch, ("pi", "qf"))
-        check_module_class("activation_fn", activation_fn, "torch.nn.ReLU")
-        if action_layer is None:
-            action_layer = min(1, len(qf_arch))
-        if not isinstance(action_layer, (int, np.integer)) or not 0 <= action_layer <= len(qf_arch):
+        body = image_extractor(observation_space, features_extractor_class)
+        super().__init__(observation_space, action_space, device, net_arch, features_extractor_class=body, **kwargs)
+
+
+def _require_squashable(space: spaces.Space[Any]) -> None:
+    boxes = [leaf for _, leaf in leaves(space_tree(space)) if isinstance(leaf, spaces.Box)]
+    for box in boxes:
+        if not (np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+            raise ValueError(f"policy_kwargs: squash needs finite bounds, which {box} lacks; leave it out")
+    if not boxes:
+        raise ValueError(f"policy_kwargs: squash is for actions in a Box, and there is none in {space}; leave it out")
+
+
+def _require_mask_length(observation_space: spaces.Space[Any], n_choices: int) -> None:
+    if n_choices and isinstance(observation_space, spaces.Dict) and MASK in observation_space.spaces:
+        mask = observation_space[MASK]
+        if not isinstance(mask, (spaces.Box, spaces.MultiBinary)) or int(np.prod(mask.shape)) != n_choices:
             raise ValueError(
-                f"policy_kwargs: action_layer must be from 0 to {len(qf_arch)}, the critic's last layer, "
-                f"not {action_layer!r}"
+                f"{MASK} in the observations is {mask}, which has {int(np.prod(mask.shape or ()))} numbers, but there "
+                f"are {n_choices} actions to allow: give it as spaces.MultiBinary({n_choices}), or another name"
             )
-        joins_at = int(action_layer)
-        require_whole("n_critics", n_critics, 1)
-        require_constant("policy_kwargs: dropout", dropout, minimum=0, below=1)
-        if final_init is not None:
-            require_constant("policy_kwargs: final_init", final_init, minimum=0)
-        action_dim = int(np.prod(action_space.shape or ()))
-
-        def extractor() -> BaseFeaturesExtractor:
-            return make_extractor(observation_space, features_extractor_class, features_extractor_kwargs)
-
-        def actor() -> Actor:
-            body = extractor()
-            return Actor(
-                observation_space, action_space, body, pi_arch, activation_fn, layer_norm, final_init, normalize_images
-            )
-
-        def critic() -> Critic:
-            body = extractor()
-
-            def q_network() -> QNetwork:
-                dim = body.features_dim
-                return QNetwork(dim, action_dim, qf_arch, activation_fn, layer_norm, dropout, joins_at, final_init)
-
-            return Critic(observation_space, body, [q_network() for _ in range(n_critics)], normalize_images)
-
-        self.actor, self.critic = actor(), critic()
-        self.actor_target, self.critic_target = actor(), critic()
-        self.to(device)
-        for network in (self.actor, self.critic, self.actor_target, self.critic_target):
-            network.flatten()
-        self.actor_target.load_state_dict(self.actor.state_dict())
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.eval()
-
-    @torch.no_grad()
-    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
-        """mu(s) for observations (n, *obs_shape): (n, *action_shape). There is nothing to draw."""
-        action = self.actor(obs_to_tensor(obs, self.device))
-        return action.cpu().numpy().reshape(batch_size(obs), *(self.action_space.shape or ()))
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """mu(s) for a batch of observations: (B, action_dim)."""
-        return self.actor(obs)
-
-    def set_training_mode(self, mode: bool) -> None:
-        """As `nn.Module.train`, for actor and critic; targets always evaluate."""
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-
-
-def obs_to_tensor(obs: Tree, device: torch.device) -> Tree:
-    """The door from NumPy to torch for observations: no copy where none is needed."""
-    return tree_map(lambda leaf: torch.as_tensor(leaf, device=device), obs)

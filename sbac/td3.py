@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from sbac.base import BaseAlgorithm
 from sbac.buffers import ReplayBatch, ReplayBuffer
 from sbac.callbacks import MaybeCallback
+from sbac.deterministic import Actor, CnnDeterministicActorCritic, Critic, DeterministicActorCritic
 from sbac.envs import EnvironmentLike, Environments, Step
 from sbac.guards import read_train_freq, require_constant, require_number, require_whole
 from sbac.noise import ActionNoise, NormalActionNoise
 from sbac.observations import check_observation_space
-from sbac.policies import Actor, Critic, DeterministicActorCritic
 from sbac.schedules import FloatOrSchedule
 
 
@@ -34,7 +34,8 @@ class TD3(BaseAlgorithm):
     Where it says (s), a schedule (`sbac.schedules`) or a function of the remaining progress may stand for the number.
 
     Args:
-        policy: "MlpPolicy", "MultiInputPolicy" for Dict and Tuple observations, or a policy class.
+        policy: "MlpPolicy", "CnnPolicy" for images, "MultiInputPolicy" for Dict and Tuple observations, "auto", which
+            takes the one for the observations and says why, or a policy class.
         env: An id, an environment, a factory or a list of them, or a vector environment. Actions: a finite Box.
         learning_rate: Of both networks, above 0 (s); None leaves it to `actor_learning_rate` and
             `critic_learning_rate`.
@@ -74,6 +75,7 @@ class TD3(BaseAlgorithm):
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {
         "MlpPolicy": DeterministicActorCritic,
+        "CnnPolicy": CnnDeterministicActorCritic,
         "MultiInputPolicy": DeterministicActorCritic,
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
+from sbac.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
+)
 
 BATCH = 64
 
@@ -122,3 +129,70 @@ def test_draws_do_not_write_into_the_parameters() -> None:
     logits = ours.logits.clone()
     ours.sample()
     assert torch.equal(ours.logits, logits)
+
+
+# The other spaces.
+
+
+def test_several_choices_are_independent() -> None:
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    ours = MultiCategoricalDistribution(logits, [2, 3])
+    peers = [torch.distributions.Categorical(logits=part) for part in logits.split([2, 3], dim=1)]
+    action = torch.tensor([[0, 2], [1, 0], [1, 1], [0, 0]])
+    expected = peers[0].log_prob(action[:, 0]) + peers[1].log_prob(action[:, 1])
+    torch.testing.assert_close(ours.log_prob(action), expected)
+    torch.testing.assert_close(ours.entropy(), peers[0].entropy() + peers[1].entropy())
+    assert torch.equal(ours.mode(), torch.stack([peer.probs.argmax(1) for peer in peers], dim=1))
+
+
+def test_several_choices_are_drawn_with_their_probabilities() -> None:
+    probabilities = torch.tensor([0.2, 0.8, 0.5, 0.3, 0.2])
+    ours = MultiCategoricalDistribution(probabilities.log().expand(100_000, 5), [2, 3])
+    drawn = ours.sample(torch.Generator().manual_seed(0))
+    joint = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=6).view(2, 3) / 100_000
+    # The standard error of a share is at most 0.0016.
+    torch.testing.assert_close(joint, torch.outer(probabilities[:2], probabilities[2:]), atol=0.006, rtol=0)
+
+
+def test_switches_are_bernoulli() -> None:
+    logits = torch.tensor([[0.3, -2.0], [50.0, -80.0], [0.0, 1.0]], requires_grad=True)
+    ours, peer = BernoulliDistribution(logits), torch.distributions.Bernoulli(logits=logits)
+    for action in (torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)):
+        torch.testing.assert_close(ours.log_prob(action), peer.log_prob(action).sum(1))
+    torch.testing.assert_close(ours.entropy(), peer.entropy().sum(1))
+    assert ours.mode().tolist() == [[1, 0], [1, 0], [0, 1]]
+    drawn = BernoulliDistribution(logits[:1].expand(100_000, 2)).sample(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.mean(0), torch.sigmoid(logits[0]), atol=0.006, rtol=0)
+
+
+@pytest.mark.parametrize("std", [0.05, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("mean", [0.0, -1.0, 3.0])
+def test_a_squashed_density_integrates_to_one_and_has_its_entropy(mean: float, std: float) -> None:
+    ours = SquashedDiagGaussianDistribution(torch.full((1, 1), mean).double(), torch.tensor([math.log(std)]).double())
+    # Integrated over u = atanh(a), where the density is smooth: da = (1 - tanh(u)^2) du.
+    unbounded = torch.linspace(mean - 9 * std, mean + 9 * std, 200_001, dtype=torch.float64)
+    action = torch.tanh(unbounded)
+    inside = action.abs() < 1 - 1e-12
+    log_prob = ours.log_prob(action[:, None])
+    mass = (log_prob.exp() * (1 - action.square()))[inside]
+    width = unbounded[1] - unbounded[0]
+    assert float(mass.sum() * width) == pytest.approx(1, abs=1e-5)
+    entropy = -(mass * log_prob[inside]).sum() * width
+    assert float(ours.entropy()) == pytest.approx(float(entropy), abs=2e-3)
+    # Without the correction it would be that of the normal variable.
+    plain = DiagGaussianDistribution(ours.mean, ours.log_std).entropy()
+    assert float(plain) > float(ours.entropy()) + std**2 / 3
+
+
+def test_squashed_terms_are_those_of_a_transformed_distribution() -> None:
+    mean, log_std = torch.tensor([[0.5, -2.0], [0.0, 1.0]]), torch.tensor([-0.5, 0.2])
+    ours = SquashedDiagGaussianDistribution(mean, log_std)
+    peer = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, log_std.exp()), [torch.distributions.TanhTransform(cache_size=1)]
+    )
+    action = ours.sample(torch.Generator().manual_seed(0))
+    assert (action.abs() < 1).all()
+    torch.testing.assert_close(ours.log_prob(action), peer.log_prob(action).sum(1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.mode(), torch.tanh(mean))
+    # On a bound, which rounding reaches, it is finite.
+    assert ours.log_prob(torch.ones(2, 2)).isfinite().all()

@@ -11,8 +11,10 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import preprocess_obs
 from torch import Tensor, nn
 
-from sbac.networks import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, is_image_space, preprocess
-from sbac.policies import DeterministicActorCritic, StochasticActorCritic
+from sbac.deterministic import DeterministicActorCritic
+from sbac.networks import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
+from sbac.policies import StochasticActorCritic
+from sbac.preprocessing import Preprocessor, is_image_space, preprocess
 from sbac.trees import Tree, leaves, tree_map
 
 CPU = torch.device("cpu")
@@ -139,7 +141,7 @@ def test_an_extractor_of_a_users_own_is_given_these_wherever_it_stands(
         bodies, calls = [m for m in policy.modules() if isinstance(m, Watching)], 5 if kind == "shared" else 6
     given = [tree for body in bodies for tree in body.seen]
     assert len(given) == calls
-    expected = dict(leaves(preprocess(obs, space, normalize)))
+    expected = dict(leaves(Preprocessor(space, normalize)(obs)))
     for tree in given:
         for name, leaf in leaves(tree):
             assert leaf.dtype == torch.float32

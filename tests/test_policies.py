@@ -13,15 +13,13 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from sbac.deterministic import DeterministicActorCritic
 from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution
 from sbac.guards import NotFiniteError
-from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in, preprocess
+from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in
 from sbac.observations import check_observation_space
-from sbac.policies import (
-    DeterministicActorCritic,
-    StochasticActorCritic,
-    split_net_arch,
-)
+from sbac.policies import StochasticActorCritic, split_net_arch
+from sbac.preprocessing import preprocess
 
 CPU = torch.device("cpu")
 BOX = spaces.Box(-1, 1, (17,), np.float32)
@@ -35,6 +33,10 @@ OBSERVATIONS: dict[str, tuple[spaces.Space[Any], int]] = {
     "number": (spaces.Box(-1, 1, (), np.float32), 1),
     "discrete": (spaces.Discrete(4), 4),
     "discrete from 7": (spaces.Discrete(4, start=7), 4),
+    "several discrete": (spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, -1], [5, 0]]), 11),
+    "switches": (spaces.MultiBinary((2, 3)), 6),
+    "whole numbers": (spaces.Box(-9, 9, (2,), np.int16), 2),
+    "flags": (spaces.Box(0, 1, (3,), np.bool_), 3),
 }
 ACTIONS: dict[str, spaces.Space[Any]] = {
     "discrete": spaces.Discrete(3),
@@ -42,6 +44,17 @@ ACTIONS: dict[str, spaces.Space[Any]] = {
     "vector": spaces.Box(-1, 1, (4,), np.float32),
     "matrix": spaces.Box(-1, 1, (2, 2), np.float32),
     "number": spaces.Box(-1, 1, (), np.float32),
+}
+MORE_ACTIONS: dict[str, spaces.Space[Any]] = {
+    "several discrete": spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, -1], [5, 0]]),
+    "switches": spaces.MultiBinary((2, 3)),
+    "hybrid": spaces.Dict(
+        {
+            "move": spaces.Box(-1, 1, (2, 2), np.float32),
+            "kind": spaces.Discrete(3, start=5),
+            "more": spaces.Tuple([spaces.MultiBinary(2), spaces.MultiDiscrete([2, 2])]),
+        }
+    ),
 }
 
 
@@ -77,6 +90,9 @@ def test_observations_are_laid_flat(name: str) -> None:
     assert features.dtype == torch.float32
     if isinstance(space, spaces.Discrete):
         np.testing.assert_array_equal(features, np.eye(4)[obs - space.start])
+    elif isinstance(space, spaces.MultiDiscrete):
+        parts = zip(space.nvec.ravel(), space.start.ravel(), obs.reshape(N, -1).T, strict=True)
+        np.testing.assert_array_equal(features, np.hstack([np.eye(n)[values - start] for n, start, values in parts]))
     else:
         np.testing.assert_array_equal(features, obs.reshape(N, -1).astype(np.float32))
 
@@ -301,11 +317,11 @@ def test_observations_that_no_policy_can_read_are_refused() -> None:
         check_observation_space(space, "A2C")
     both = {"a": BOX, "b": spaces.Discrete(3)}
     check_observation_space(spaces.Dict({**both, "c": spaces.Tuple([BOX, spaces.Dict(both)])}), "A2C")
-    refused = r"A2C reads Box and Discrete observations, and Dict and Tuple of them, not "
-    with pytest.raises(ValueError, match=refused + r"MultiBinary\(3\); .*FlattenObservation"):
-        check_observation_space(spaces.MultiBinary(3), "A2C")
-    inner = spaces.Tuple([BOX, spaces.MultiDiscrete([2, 3])])
-    with pytest.raises(ValueError, match=refused + r"MultiDiscrete\(\[2 3\]\) \(at 'b/1' in Dict\('a'"):
+    refused = r"A2C reads Box, Discrete, MultiDiscrete and MultiBinary observations, and Dict and Tuple of them, not "
+    with pytest.raises(ValueError, match=refused + r"Text\(.*\); .*FlattenObservation"):
+        check_observation_space(spaces.Text(3), "A2C")
+    inner = spaces.Tuple([BOX, spaces.Sequence(BOX)])
+    with pytest.raises(ValueError, match=refused + r"Sequence\(.*\) \(at 'b/1' in Dict\('a'"):
         check_observation_space(spaces.Dict({"a": BOX, "b": inner}), "A2C")
 
 
@@ -343,7 +359,7 @@ def test_shapes_of_a_deterministic_policy(obs_name: str, action_name: str, actio
     torch.testing.assert_close(policy.critic.q1_forward(obs, mu), q[0])
     # The members begin apart, and each depends on the action.
     assert len(set(q[:, 0].tolist())) == 3
-    assert (policy.critic(obs, -mu - 0.5) != q).all()
+    assert (policy.critic(obs, -mu - 0.5) != q).any(1).all()
 
 
 def test_the_action_joins_at_the_second_layer_of_the_critic() -> None:

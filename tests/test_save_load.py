@@ -20,8 +20,9 @@ import sbac
 from sbac import A2C, DDPG, TD3, ArchiveError
 from sbac.base import BaseAlgorithm
 from sbac.callbacks import CheckpointCallback, EvalCallback
+from sbac.deterministic import DeterministicActorCritic
 from sbac.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
-from sbac.policies import DeterministicActorCritic, StochasticActorCritic
+from sbac.policies import StochasticActorCritic
 from sbac.schedules import LinearSchedule
 
 COUNTERS = ("num_timesteps", "n_updates")

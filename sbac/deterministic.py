@@ -1,0 +1,253 @@
+"""A deterministic actor with action-value critics, for DDPG and TD3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from sbac.guards import require_constant, require_whole
+from sbac.networks import BaseFeaturesExtractor, Trainable, create_mlp, init_fan_in, init_uniform
+from sbac.policies import BasePolicy, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
+from sbac.preprocessing import Preprocessor, obs_to_tensor
+from sbac.trees import Tree, batch_size
+
+
+class Actor(Trainable):
+    """mu(s), in [-1, 1].
+
+    Args:
+        preprocessor: Makes observations ready for the body.
+        action_space: A Box.
+        extractor: The body in front.
+        net_arch: Hidden layers.
+        activation_fn: After each hidden layer.
+        layer_norm: Whether to normalise before each activation.
+        final_init: The last layer's weights and biases are uniform in +-`final_init`; None keeps the fan-in rule.
+    """
+
+    preprocessor: Preprocessor
+
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        action_space: spaces.Space[Any],
+        extractor: BaseFeaturesExtractor,
+        net_arch: Sequence[int],
+        activation_fn: type[nn.Module],
+        layer_norm: bool,
+        final_init: float | None,
+    ) -> None:
+        super().__init__()
+        # Not registered as a part: all networks of a policy have the same one, and its state is the policy's.
+        object.__setattr__(self, "preprocessor", preprocessor)
+        self.features_extractor = extractor
+        action_dim = int(np.prod(action_space.shape or ()))
+        layers = create_mlp(extractor.features_dim, action_dim, net_arch, activation_fn, layer_norm)
+        self.mu = nn.Sequential(*layers, nn.Tanh())
+        init_fan_in(self.mu)
+        if final_init is not None:
+            init_uniform(self.mu[-2], final_init)  # type: ignore[arg-type]
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(B, *obs_shape) -> (B, action_dim)."""
+        return self.mu(self.features_extractor(self.preprocessor(obs)))
+
+
+class QNetwork(nn.Module):
+    """Q(s, a), with the action joining at a layer of choice.
+
+    Args:
+        features_dim: Number of the state's features.
+        action_dim: Number of action dimensions.
+        net_arch: Hidden layers.
+        activation_fn: After each hidden layer.
+        layer_norm: Whether to normalise before each activation.
+        dropout: Share of each hidden layer's units that training leaves out, in [0, 1).
+        action_layer: The layer whose input the action joins: 0 is the first, 1 the second (Lillicrap et al. 2015).
+        final_init: As for `Actor`.
+    """
+
+    def __init__(
+        self,
+        features_dim: int,
+        action_dim: int,
+        net_arch: Sequence[int],
+        activation_fn: type[nn.Module],
+        layer_norm: bool,
+        dropout: float,
+        action_layer: int,
+        final_init: float | None,
+    ) -> None:
+        super().__init__()
+        below, above = net_arch[:action_layer], net_arch[action_layer:]
+        self.state_net = nn.Sequential(*create_mlp(features_dim, 0, below, activation_fn, layer_norm, dropout))
+        joined_dim = (below[-1] if below else features_dim) + action_dim
+        self.q_net = nn.Sequential(*create_mlp(joined_dim, 1, above, activation_fn, layer_norm, dropout))
+        init_fan_in(self)
+        if final_init is not None:
+            init_uniform(self.q_net[-1], final_init)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor, action: Tensor) -> Tensor:
+        """(B, features_dim), (B, action_dim) -> (B,)."""
+        joined = torch.cat([self.state_net(features), action], dim=1)
+        return self.q_net(joined).squeeze(-1)
+
+
+class Critic(Trainable):
+    """An ensemble of Q(s, a) behind one body.
+
+    Args:
+        preprocessor: Makes observations ready for the body.
+        extractor: The body in front.
+        q_networks: The members.
+    """
+
+    preprocessor: Preprocessor
+
+    def __init__(
+        self, preprocessor: Preprocessor, extractor: BaseFeaturesExtractor, q_networks: Sequence[QNetwork]
+    ) -> None:
+        super().__init__()
+        # Not registered as a part: all networks of a policy have the same one, and its state is the policy's.
+        object.__setattr__(self, "preprocessor", preprocessor)
+        self.features_extractor = extractor
+        self.q_networks = nn.ModuleList(q_networks)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """(B, *obs_shape), (B, action_dim) -> (n_critics, B)."""
+        features = self._features(obs)
+        return torch.stack([q_network(features, action) for q_network in self.q_networks])
+
+    def q1_forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Q(s, a) of the first member only: (B,)."""
+        return self.q_networks[0](self._features(obs), action)
+
+    def _features(self, obs: Tree) -> Tensor:
+        return self.features_extractor(self.preprocessor(obs))
+
+
+class DeterministicActorCritic(BasePolicy):
+    """mu(s), Q(s, a) and their targets, for DDPG and TD3.
+
+    Args:
+        observation_space: Box, Discrete, MultiDiscrete, MultiBinary, or Dict and Tuple of these.
+        action_space: A finite Box.
+        device: Where the networks live.
+        net_arch: Hidden layers; a list for both networks, or ``dict(pi=[...], qf=[...])``.
+        activation_fn: After each hidden layer.
+        layer_norm: Whether to normalise before each activation.
+        dropout: Share of each hidden layer's units that training leaves out of the critics, in [0, 1).
+        n_critics: How many Q-networks.
+        action_layer: Where the action joins the critic: 0 at the input, 1 at the second layer, ...; None is the second
+            layer, or the input of a critic without hidden layers.
+        final_init: Last layers' weights and biases are uniform in +-`final_init`; None leaves them to the fan-in rule.
+        features_extractor_class: The body in front of each network; by default `CombinedExtractor` for Dict and
+            Tuple observations, else `FlattenExtractor`.
+        features_extractor_kwargs: Its further arguments.
+        normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
+        channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device,
+        net_arch: NetArch = (256, 256),
+        activation_fn: type[nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+        n_critics: int = 2,
+        action_layer: int | None = 0,
+        final_init: float | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: Mapping[str, Any] | None = None,
+        normalize_images: bool = True,
+        channels_last: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self._set_spaces(observation_space, action_space, device)
+        self.preprocessor = Preprocessor(observation_space, normalize_images, channels_last)
+        pi_arch, qf_arch = split_net_arch(net_arch, ("pi", "qf"))
+        check_module_class("activation_fn", activation_fn, "torch.nn.ReLU")
+        if action_layer is None:
+            action_layer = min(1, len(qf_arch))
+        if not isinstance(action_layer, (int, np.integer)) or not 0 <= action_layer <= len(qf_arch):
+            raise ValueError(
+                f"policy_kwargs: action_layer must be from 0 to {len(qf_arch)}, the critic's last layer, "
+                f"not {action_layer!r}"
+            )
+        joins_at = int(action_layer)
+        require_whole("n_critics", n_critics, 1)
+        require_constant("policy_kwargs: dropout", dropout, minimum=0, below=1)
+        if final_init is not None:
+            require_constant("policy_kwargs: final_init", final_init, minimum=0)
+        action_dim = int(np.prod(action_space.shape or ()))
+
+        def extractor() -> BaseFeaturesExtractor:
+            return make_extractor(self.preprocessor.space, features_extractor_class, features_extractor_kwargs)
+
+        def actor() -> Actor:
+            arguments = action_space, extractor(), pi_arch, activation_fn, layer_norm, final_init
+            return Actor(self.preprocessor, *arguments)
+
+        def critic() -> Critic:
+            body = extractor()
+
+            def q_network() -> QNetwork:
+                dim = body.features_dim
+                return QNetwork(dim, action_dim, qf_arch, activation_fn, layer_norm, dropout, joins_at, final_init)
+
+            return Critic(self.preprocessor, body, [q_network() for _ in range(n_critics)])
+
+        self.actor, self.critic = actor(), critic()
+        self.actor_target, self.critic_target = actor(), critic()
+        self.to(device)
+        for network in (self.actor, self.critic, self.actor_target, self.critic_target):
+            network.flatten()
+        self.actor_target.load_state_dict(self.actor.state_dict())
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.eval()
+
+    @torch.no_grad()
+    def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
+        """mu(s) for observations (n, *obs_shape): (n, *action_shape). There is nothing to draw."""
+        action = self.actor(obs_to_tensor(obs, self.device))
+        return action.cpu().numpy().reshape(batch_size(obs), *(self.action_space.shape or ()))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """mu(s) for a batch of observations: (B, action_dim)."""
+        return self.actor(obs)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """As `nn.Module.train`, for actor and critic; targets always evaluate."""
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+
+
+class CnnDeterministicActorCritic(DeterministicActorCritic):
+    """As `DeterministicActorCritic`, for observations that are one image: "CnnPolicy".
+
+    Args:
+        observation_space: An image.
+        action_space: A finite Box.
+        device: Where the networks live.
+        features_extractor_class: The body in front of each network.
+        **kwargs: As of `DeterministicActorCritic`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        body = image_extractor(observation_space, features_extractor_class)
+        super().__init__(observation_space, action_space, device, features_extractor_class=body, **kwargs)
