@@ -47,6 +47,8 @@ class A2C(BaseAlgorithm):
         weight_decay: L2 penalty on the weights, at least 0.
         layer_norm: Whether to normalise before each activation.
         dropout: Share of the hidden units that each update leaves out, in [0, 1).
+        normalize_obs: Whether observations are normalised by their running mean and deviation.
+        normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
         n_envs: How many environments to make from an id or a factory.
         rollout_buffer_class: In place of `RolloutBuffer`.
         rollout_buffer_kwargs: Its further arguments.
@@ -82,6 +84,8 @@ class A2C(BaseAlgorithm):
         weight_decay: float = 0.0,
         layer_norm: bool = False,
         dropout: float = 0.0,
+        normalize_obs: bool = False,
+        normalize_reward: bool = False,
         n_envs: int = 1,
         rollout_buffer_class: type[RolloutBuffer] = RolloutBuffer,
         rollout_buffer_kwargs: Mapping[str, Any] | None = None,
@@ -115,13 +119,15 @@ class A2C(BaseAlgorithm):
         self.weight_decay = weight_decay
         self.layer_norm = layer_norm
         self.dropout = dropout
+        self.normalize_obs = normalize_obs
+        self.normalize_reward = normalize_reward
         self.rollout_buffer_class = rollout_buffer_class
         self.rollout_buffer_kwargs = dict(rollout_buffer_kwargs or {})
         super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
 
-        network_kwargs: dict[str, Any] = dict(self.policy_kwargs)
-        if layer_norm or dropout:
-            network_kwargs = {"layer_norm": layer_norm, "dropout": dropout, **network_kwargs}
+        plain = {"layer_norm": layer_norm, "dropout": dropout}
+        plain |= {"normalize_obs": normalize_obs, "normalize_reward": normalize_reward}
+        network_kwargs: dict[str, Any] = {name: value for name, value in plain.items() if value} | self.policy_kwargs
         optimizer_class = network_kwargs.pop(
             "optimizer_class", torch.optim.RMSprop if use_rms_prop else torch.optim.Adam
         )
@@ -160,6 +166,7 @@ class A2C(BaseAlgorithm):
             while self.num_timesteps < self._total_timesteps or self.rollout_buffer.pos > 0:
                 if self.rollout_buffer.pos == 0:
                     callback.on_rollout_start()
+                    self.policy.begin_rollout()
 
                 # Roll out: n_steps of every environment, fewer where total_timesteps ends.
                 while not self.rollout_buffer.full and self.num_timesteps < self._total_timesteps:
@@ -171,6 +178,7 @@ class A2C(BaseAlgorithm):
                     # Step: `successor` is the true s'; `obs` is where to act next.
                     step = self.env.step(action)
                     self.rollout_buffer.add(obs, action, step)
+                    self.policy.observe(obs, step, self._now(self.gamma))
                     if not self._after_step(callback, action, step):
                         return self
                 callback.on_rollout_end()
@@ -179,8 +187,10 @@ class A2C(BaseAlgorithm):
                 self.policy.set_training_mode(True)
                 self.policy.set_learning_rate(self._now(self.learning_rate))
                 if self.rollout_buffer.size() > 0:
+                    batch = self.rollout_buffer.get()
+                    batch = batch._replace(reward=self.policy.normalize_reward(batch.reward))
                     with self._own_randomness():
-                        self._log(self._update(self.rollout_buffer.get()))
+                        self._log(self._update(batch))
                 self.rollout_buffer.reset()
                 self._n_rollouts += 1
                 self._dump_if_due(self._n_rollouts)
@@ -195,14 +205,14 @@ class A2C(BaseAlgorithm):
         Returns:
             The losses and what tells how learning goes, as scalars.
         """
-        value, log_prob, entropy = self.policy.evaluate_actions(batch.obs, batch.action)  # (T n,) each
+        value, log_prob, entropy, bootstrap_value = self.policy.evaluate_rollout(batch)  # (T n,) each; (M,)
 
         # A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t);
         # R_t = A_t + V(s_t). With lambda = 1: R_t = r_t + ... + gamma^k V(s_{t+k}), Algorithm S3.
         with torch.no_grad():
             state_value = value.view_as(batch.reward)  # (T, n)
             next_value = state_value.roll(-1, dims=0)
-            next_value[batch.bootstrap_index] = self.policy.predict_values(batch.bootstrap_obs)
+            next_value[batch.bootstrap_index] = bootstrap_value
             advantage, return_ = gae(
                 batch.reward,
                 batch.terminated,

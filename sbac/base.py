@@ -260,6 +260,7 @@ class BaseAlgorithm(metaclass=Constructed):
         self._obs = env.reset(self._env_seed if self._reset_count < 0 and self.seed is not None else None)
         self._reset_count = env.reset_count
         self.episodes.start()
+        self.policy.begin_episodes()
 
     def _cut_episodes(self, indices: Sequence[int]) -> None:
         """Treat the running episodes of these environments as truncated: others have begun in their place."""
@@ -432,7 +433,7 @@ class BaseAlgorithm(metaclass=Constructed):
         self._reset_count = -1
 
     def _n_to_make(self, env: EnvironmentLike) -> int:
-        return self.n_envs if isinstance(env, str) or (callable(env) and not hasattr(env, "step")) else 1
+        return self.n_envs if isinstance(env, str | type) or (callable(env) and not hasattr(env, "step")) else 1
 
     def check_env(self, env: Environments) -> None:
         """Refuse environments with other spaces than the model's.

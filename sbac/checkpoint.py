@@ -103,7 +103,7 @@ def load(
         raise ArchiveError(f"{path}: config.json does not describe the model's spaces: {error}") from error
     made: Any = known
     if env is not None:
-        many = isinstance(env, str) or (callable(env) and not hasattr(env, "step"))
+        many = isinstance(env, str | type) or (callable(env) and not hasattr(env, "step"))
         made = make_environments(env, known.n_envs if many else 1)
         arguments["n_envs"] = made.num_envs
         for what in ("observation_space", "action_space"):
@@ -235,6 +235,7 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
         data["n_episodes"] = model.episodes.count
         arrays["episodes/return"] = model.episodes.running_return
         arrays["episodes/length"] = model.episodes.running_length
+        arrays.update({f"episodes/policy/{name}": array for name, array in model.policy.get_running_state().items()})
         if model._obs is not None and model.env is not None and model.env.reset_count == model._reset_count:
             obs, _ = split_mask(model._obs, model.observation_space, 0)
             arrays.update(leaves(obs, "episodes/obs"))
@@ -271,6 +272,7 @@ def _set_state(model: Any, file: Archive) -> list[str]:
         if same_environments:
             model.episodes.running_return = arrays["episodes/return"]
             model.episodes.running_length = arrays["episodes/length"]
+            model.policy.set_running_state(_below(arrays, "episodes/policy/"))
     noise = _below(arrays, "noise/")
     if noise and same_environments:
         model.action_noise.set_state(noise)

@@ -58,6 +58,8 @@ class DDPG(BaseAlgorithm):
         max_grad_norm: Gradients of each network are scaled down to this norm, above 0 (s); None leaves them.
         layer_norm: Whether to normalise before each activation, in both networks.
         dropout: Share of the critic's hidden units that training leaves out, in [0, 1).
+        normalize_obs: Whether observations are normalised by their running mean and deviation, as they are drawn.
+        normalize_reward: Whether rewards are divided by the running deviation of the discounted return, likewise.
         preset: "notes" (the defaults), or "stable-baselines3" (what that library calls DDPG). Arguments given beside it
             win.
         n_envs: How many environments to make from an id or a factory.
@@ -119,6 +121,8 @@ class DDPG(BaseAlgorithm):
         max_grad_norm: FloatOrSchedule | None = None,
         layer_norm: bool = False,
         dropout: float = 0.0,
+        normalize_obs: bool = False,
+        normalize_reward: bool = False,
         preset: str | None = None,
         n_envs: int = 1,
         replay_buffer_class: type[ReplayBuffer] = ReplayBuffer,
@@ -164,6 +168,8 @@ class DDPG(BaseAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.layer_norm = layer_norm
         self.dropout = dropout
+        self.normalize_obs = normalize_obs
+        self.normalize_reward = normalize_reward
         self.preset = preset
         self.replay_buffer_class = replay_buffer_class
         self.replay_buffer_kwargs = dict(replay_buffer_kwargs or {})
@@ -172,6 +178,7 @@ class DDPG(BaseAlgorithm):
         # Networks mu, Q and their targets mu', Q'.
         paper = {"net_arch": (400, 300), "action_layer": None, "final_init": 3e-3}
         plain = {"n_critics": n_critics, "layer_norm": layer_norm, "dropout": dropout}
+        plain |= {"normalize_obs": normalize_obs, "normalize_reward": normalize_reward}
         network_kwargs: dict[str, Any] = {**paper, **plain, **self.policy_kwargs}
         optimizer_class = network_kwargs.pop("optimizer_class", optimizer_class)
         optimizer_kwargs = network_kwargs.pop("optimizer_kwargs", None)
@@ -257,6 +264,7 @@ class DDPG(BaseAlgorithm):
     def _remember(self, obs: np.ndarray, action: np.ndarray, step: Step) -> None:
         """Store the transitions, and begin the noise anew where an episode ended."""
         self.replay_buffer.add(obs, action, step)
+        self.policy.observe(obs, step, self._now(self.gamma))
         if self._can_learn():
             n_transitions = int(np.count_nonzero(step.valid))
             n_ended = int(np.count_nonzero(step.terminated | step.truncated))
@@ -289,6 +297,7 @@ class DDPG(BaseAlgorithm):
         self.policy.set_training_mode(True)
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size or self.batch_size, self._now(self.gamma), self._progress())
+            batch = batch._replace(reward=self.policy.normalize_reward(batch.reward))
             with self._own_randomness():
                 numbers = self._update(batch)
             self.replay_buffer.update_priorities(batch, numbers["td_error"])

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from sbac.adapters import Step
 from sbac.guards import require_constant, require_whole
 from sbac.networks import BaseFeaturesExtractor, Trainable, create_mlp, init_fan_in, init_uniform
 from sbac.policies import BasePolicy, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
@@ -151,6 +152,8 @@ class DeterministicActorCritic(BasePolicy):
         features_extractor_kwargs: Its further arguments.
         normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
         channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
+        normalize_obs: Whether observations are normalised by their running mean and deviation.
+        normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
     """
 
     def __init__(
@@ -169,10 +172,12 @@ class DeterministicActorCritic(BasePolicy):
         features_extractor_kwargs: Mapping[str, Any] | None = None,
         normalize_images: bool = True,
         channels_last: bool | None = None,
+        normalize_obs: bool = False,
+        normalize_reward: bool = False,
     ) -> None:
         super().__init__()
         self._set_spaces(observation_space, action_space, device)
-        self.preprocessor = Preprocessor(observation_space, normalize_images, channels_last)
+        self.preprocessor = self._make_preprocessor(normalize_images, channels_last, normalize_obs, normalize_reward)
         pi_arch, qf_arch = split_net_arch(net_arch, ("pi", "qf"))
         check_module_class("activation_fn", activation_fn, "torch.nn.ReLU")
         if action_layer is None:
@@ -213,6 +218,11 @@ class DeterministicActorCritic(BasePolicy):
         self.actor_target.load_state_dict(self.actor.state_dict())
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.eval()
+
+    def observe(self, obs: Tree, step: Step, gamma: float) -> None:
+        super().observe(obs, step, gamma)
+        if self.normalizer is not None:
+            self.normalizer.refresh()  # replay is normalised as it is drawn
 
     @torch.no_grad()
     def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:

@@ -11,6 +11,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from sbac.adapters import Step
+from sbac.buffers import RolloutBatch
 from sbac.distributions import Distribution, DistributionFamily
 from sbac.envs import ActionCodec
 from sbac.guards import require_constant
@@ -23,6 +25,7 @@ from sbac.networks import (
     fits_nature_cnn,
     init_orthogonal,
 )
+from sbac.normalization import Normalizer
 from sbac.observations import MASK, as_batch, split_mask
 from sbac.preprocessing import Preprocessor, is_image_space, obs_to_tensor
 from sbac.trees import Tree, leaves, rows, space_tree
@@ -136,7 +139,10 @@ class BasePolicy(nn.Module, ABC):
         observation_space: Of one environment.
         action_space: Of one environment, in its own units.
         device: Where the networks live.
+        preprocessor: Makes observations ready for the networks.
     """
+
+    preprocessor: Preprocessor
 
     def _set_spaces(
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], device: torch.device
@@ -147,6 +153,51 @@ class BasePolicy(nn.Module, ABC):
         self._codec = ActionCodec(action_space)
         # For `predict`, so that torch's global generator is left alone; of its seed, so that models' seeds reach it.
         self._predict_generator = torch.Generator().manual_seed(torch.initial_seed())
+
+    def _make_preprocessor(
+        self, normalize_images: bool, channels_last: bool | None, normalize_obs: bool, normalize_reward: bool
+    ) -> Preprocessor:
+        """What stands in front of all bodies, with the statistics that it needs."""
+        normalizer = None
+        if normalize_obs or normalize_reward:
+            normalizer = Normalizer(self.observation_space, normalize_obs, normalize_reward)
+        return Preprocessor(self.observation_space, normalize_images, channels_last, normalizer)
+
+    @property
+    def normalizer(self) -> Normalizer | None:
+        """The running statistics of observations and returns, where there are such."""
+        return self.preprocessor.normalizer
+
+    # What happens in training, beside learning.
+
+    def begin_episodes(self) -> None:
+        """All environments begin new episodes."""
+        if self.normalizer is not None:
+            self.normalizer.begin_episodes()
+
+    def observe(self, obs: Tree, step: Step, gamma: float) -> None:
+        """Take note of a step of training.
+
+        Args:
+            obs: What was acted on, (n, *obs_shape).
+            step: What came of it.
+            gamma: The discount factor.
+        """
+        if self.normalizer is not None:
+            self.normalizer.observe(split_mask(obs, self.observation_space, 0)[0], step, gamma)
+
+    def normalize_reward(self, reward: Tensor) -> Tensor:
+        """Rewards as the loss is to see them."""
+        return reward if self.normalizer is None else self.normalizer.normalize_reward(reward)
+
+    def get_running_state(self) -> dict[str, np.ndarray]:
+        """What belongs to the episodes that are running, for a full checkpoint."""
+        return {} if self.normalizer is None else {"running_return": self.normalizer.running_return}
+
+    def set_running_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on with what `get_running_state` returned."""
+        if self.normalizer is not None and "running_return" in state:
+            self.normalizer.running_return = state["running_return"]
 
     @abstractmethod
     def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> Tree:
@@ -220,6 +271,8 @@ class StochasticActorCritic(Trainable, BasePolicy):
         share_features_extractor: One body for both, or one for each.
         normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
         channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
+        normalize_obs: Whether observations are normalised by their running mean and deviation.
+        normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
     """
 
     def __init__(
@@ -239,10 +292,12 @@ class StochasticActorCritic(Trainable, BasePolicy):
         share_features_extractor: bool = True,
         normalize_images: bool = True,
         channels_last: bool | None = None,
+        normalize_obs: bool = False,
+        normalize_reward: bool = False,
     ) -> None:
         super().__init__()
         self._set_spaces(observation_space, action_space, device)
-        self.preprocessor = Preprocessor(observation_space, normalize_images, channels_last)
+        self.preprocessor = self._make_preprocessor(normalize_images, channels_last, normalize_obs, normalize_reward)
 
         pi_arch, vf_arch = split_net_arch(net_arch, ("pi", "vf"))
         check_module_class("activation_fn", activation_fn, "torch.nn.Tanh")
@@ -273,6 +328,25 @@ class StochasticActorCritic(Trainable, BasePolicy):
             init_orthogonal(self.value_net[-1], gain=1.0)
         self.to(device)
         self.flatten()
+
+    def begin_rollout(self) -> None:
+        """Count in what was observed so far. Within a rollout, the policy that acts is the one that learns."""
+        if self.normalizer is not None:
+            self.normalizer.refresh()
+
+    def evaluate_rollout(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the loss needs of T steps of n environments.
+
+        Returns:
+            V(s), log pi(a|s) and the entropy of pi(.|s), (T n,) each; and V of `batch.bootstrap_obs`, (M,), without
+            gradient, from the networks as they evaluate.
+        """
+        mode = self.training
+        self.set_training_mode(False)
+        with torch.no_grad():
+            next_value = self.predict_values(batch.bootstrap_obs)
+        self.set_training_mode(mode)
+        return *self.evaluate_actions(batch.obs, batch.action), next_value
 
     def get_distribution(self, obs: Tree) -> Distribution:
         """pi(.|s) for a batch of observations (B, *obs_shape)."""

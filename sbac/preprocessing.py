@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from gymnasium import spaces
 from torch import nn
 
 from sbac.trees import Tree, leaves, space_tree, tree_map
+
+if TYPE_CHECKING:
+    from sbac.normalization import Normalizer
 
 
 def preprocess(obs: Tree, space: spaces.Space[Any], normalize_images: bool = True) -> Tree:
@@ -67,12 +70,14 @@ def has_channels_last(space: spaces.Space[Any]) -> bool:
 class Preprocessor(nn.Module):
     """All that happens to an observation before the networks' bodies read it.
 
-    Images are turned so that channels come first, then `preprocess` makes numbers of everything.
+    Where asked for, numbers are normalised by what was observed before. Images are turned so that channels come first,
+    then `preprocess` makes numbers of everything.
 
     Args:
         observation_space: Of one environment.
         normalize_images: Whether the pixels of images are divided by 255.
         channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
+        normalizer: Normalises observations first, or None.
 
     Attributes:
         space: Of one observation as the bodies get it: that of the environment, but for images, whose channels come
@@ -80,12 +85,17 @@ class Preprocessor(nn.Module):
     """
 
     def __init__(
-        self, observation_space: spaces.Space[Any], normalize_images: bool = True, channels_last: bool | None = None
+        self,
+        observation_space: spaces.Space[Any],
+        normalize_images: bool = True,
+        channels_last: bool | None = None,
+        normalizer: Normalizer | None = None,
     ) -> None:
         super().__init__()
         if not (channels_last is None or isinstance(channels_last, (bool, np.bool_))):
             raise ValueError(f"policy_kwargs: channels_last must be True, False or None, not {channels_last!r}")
         self.normalize_images = normalize_images
+        self.normalizer = normalizer
 
         def turns(leaf: spaces.Space[Any]) -> bool:
             return is_image_space(leaf) and (has_channels_last(leaf) if channels_last is None else bool(channels_last))
@@ -96,6 +106,8 @@ class Preprocessor(nn.Module):
 
     def forward(self, obs: Tree) -> Tree:
         """Tensors (B, *obs_shape) as they are kept -> float32 (B, *shape of `space`), or one-hot."""
+        if self.normalizer is not None:
+            obs = self.normalizer(obs)
         if self._turns_any:
             obs = tree_map(lambda turn, leaf: leaf.permute(0, 3, 1, 2) if turn else leaf, self._turns, obs)
         return preprocess(obs, self.space, self.normalize_images)

@@ -685,10 +685,10 @@ def test_one_step_and_update_are_read_in_few_files(cls):
     print(f"one {name} update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
     # The algorithm itself; base: present values of schedules; deterministic, networks: mu, Q and the steps of weights
     # and targets; preprocessing: what they read; buffers, trees: the batch. A step adds the door to the environment,
-    # its adapter, the tape that records its actions, and noise.
+    # its adapter, the tape that records its actions, noise, and what policies take note of.
     parts = {"base.py", "deterministic.py", "networks.py", "preprocessing.py", "buffers.py", "trees.py"}
     assert mathematics == {f"{name.lower()}.py", *parts}
-    assert everything - mathematics == {"envs.py", "adapters.py", "tape.py", "noise.py"}
+    assert everything - mathematics == {"envs.py", "adapters.py", "tape.py", "noise.py", "policies.py"}
 
     peer = getattr(stable_baselines3, name)("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, device="cpu")
     peer.learn(20)

@@ -1,0 +1,145 @@
+"""Running statistics of observations and returns: parts of a policy, saved and loaded with it, frozen in `predict`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from sbac.adapters import Step
+from sbac.preprocessing import is_image_space
+from sbac.trees import Tree, leaves, space_tree, tree_map
+
+CLIP = 10.0
+"""Normalised numbers are clipped to this size."""
+
+EPSILON = 1e-8
+
+
+def moments_of(values: np.ndarray) -> np.ndarray:
+    """Count, mean and sum of squared deviations of each column of an array (n, d): (3, d) float64."""
+    if not len(values):
+        return np.zeros((3, values.shape[1]))
+    mean = values.mean(0, dtype=np.float64)
+    return np.stack([np.full(len(mean), float(len(values))), mean, np.square(values - mean).sum(0)])
+
+
+def merge(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The moments, (3, d), of all that is behind two arrays of moments.
+
+    With delta the difference of the means: n = n_1 + n_2, mean = mean_1 + delta n_2 / n,
+    M2 = M2_1 + M2_2 + delta^2 n_1 n_2 / n (Chan, Golub and LeVeque 1979, equation 2.1).
+    """
+    count = one[0] + other[0]
+    share = other[0] / np.maximum(count, 1.0)
+    delta = other[1] - one[1]
+    return np.stack([count, one[1] + delta * share, one[2] + other[2] + delta**2 * one[0] * share])
+
+
+class Normalizer(nn.Module):
+    """Observations as (x - mean) / deviation, and rewards divided by the deviation of the discounted return.
+
+    All Boxes are normalised, each number by itself, but for images. Mean and deviation are those of everything that was
+    observed in training, as it was sent, in float64. A number that was always the same is only shifted.
+
+    Args:
+        observation_space: Of one environment.
+        obs: Whether to normalise observations.
+        reward: Whether to normalise rewards.
+
+    Attributes:
+        moments: Count, mean and sum of squared deviations, (3, d): of the numbers of all normalised leaves in a row,
+            and, with `reward`, of the discounted return, which is the last.
+        delta: The moments of what was observed since `take_delta`, for workers that put theirs together.
+        running_return: r_t + gamma r_{t-1} + ... of the running episode of each environment, (n,).
+    """
+
+    moments: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, observation_space: spaces.Space[Any], obs: bool, reward: bool) -> None:
+        super().__init__()
+        self.normalizes_obs, self.normalizes_reward = obs, reward
+        n_numbers = 0
+
+        def place(leaf: spaces.Space[Any]) -> slice | None:
+            nonlocal n_numbers
+            if not (obs and isinstance(leaf, spaces.Box)) or is_image_space(leaf):
+                return None
+            size = int(np.prod(leaf.shape))
+            n_numbers += size
+            return slice(n_numbers - size, n_numbers)
+
+        self._places = tree_map(place, space_tree(observation_space))
+        self._n_numbers = n_numbers
+        self.register_buffer("moments", torch.zeros(3, n_numbers + reward, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(n_numbers))
+        self.register_buffer("scale", torch.ones(n_numbers))
+        self.delta = np.zeros(tuple(self.moments.shape))
+        self.running_return = np.zeros(0)
+
+    def forward(self, obs: Tree) -> Tree:
+        """Tensors (B, *obs_shape) as they are kept -> the same, with the normalised leaves in float32."""
+
+        def normalize(place: slice | None, leaf: Tensor) -> Tensor:
+            if place is None:
+                return leaf
+            flat = leaf.reshape(len(leaf), -1).float()
+            return ((flat - self.shift[place]) * self.scale[place]).clamp(-CLIP, CLIP).reshape(leaf.shape)
+
+        return tree_map(normalize, self._places, obs) if self._n_numbers else obs
+
+    def observe(self, obs: Tree, step: Step, gamma: float) -> None:
+        """Take note of observations that were acted on, (n, *obs_shape), and of what came of it.
+
+        `forward` goes on as before until `refresh`.
+        """
+        valid = slice(None) if step.valid.all() else step.valid
+        columns = [
+            np.asarray(leaf, np.float64).reshape(len(leaf), -1)[valid]
+            for (_, place), (_, leaf) in zip(leaves(self._places), leaves(obs), strict=True)
+            if place is not None
+        ]
+        if self.normalizes_reward:
+            if len(self.running_return) != len(step.reward):
+                self.running_return = np.zeros(len(step.reward))
+            self.running_return = self.running_return * gamma + step.reward
+            columns.append(self.running_return[valid, None])
+            self.running_return = np.where(step.terminated | step.truncated | ~step.valid, 0.0, self.running_return)
+        seen = moments_of(np.concatenate(columns, axis=1))
+        self.add(seen)
+        self.delta = merge(self.delta, seen)
+
+    def add(self, moments: np.ndarray) -> None:
+        """Count in what somebody observed, given as moments."""
+        self.moments.copy_(torch.as_tensor(merge(self.moments.cpu().numpy(), moments)))
+
+    def take_delta(self) -> np.ndarray:
+        """The moments of what was observed since the last call, for `add` of a normaliser that did not see it."""
+        delta, self.delta = self.delta, np.zeros_like(self.delta)
+        return delta
+
+    def refresh(self) -> None:
+        """Use from now on the mean and the deviation of all that was observed so far."""
+        count, mean, squares = self.moments[:, : self._n_numbers]
+        deviation = torch.sqrt(squares / count.clamp(min=1) + EPSILON)
+        self.shift.copy_(mean)
+        self.scale.copy_(torch.where(squares > 0, 1 / deviation, 1.0))
+
+    def normalize_reward(self, reward: Tensor) -> Tensor:
+        """Rewards, or sums of them, of any shape, divided by the deviation of all discounted returns so far."""
+        if not self.normalizes_reward:
+            return reward
+        count, _, squares = self.moments[:, -1]
+        if squares <= 0:
+            return reward
+        deviation = torch.sqrt(squares / count + EPSILON)
+        return (reward / deviation).to(reward.dtype).clamp(-CLIP, CLIP)
+
+    def begin_episodes(self) -> None:
+        """All environments begin new episodes."""
+        self.running_return = np.zeros(0)
