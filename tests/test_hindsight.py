@@ -448,6 +448,35 @@ def test_a_model_and_its_file_draw_the_same_batches(cls: type[BaseAlgorithm], tm
     assert equal(model.replay_buffer.sample(50), empty.replay_buffer.sample(50))
 
 
+def test_a_file_of_a_plain_buffer_is_refused_by_name_and_nothing_changed(tmp_path: Path) -> None:
+    small(Walk, replay_buffer_class=ReplayBuffer).learn(30).save_replay_buffer(tmp_path / "plain")
+    model = small(Walk).learn(30)
+    before = copy.deepcopy(model.replay_buffer.get_state())
+    with pytest.raises(ValueError, match=r"HerReplayBuffer: the state lacks reached, age, left: .* another class"):
+        model.load_replay_buffer(tmp_path / "plain")
+    after = model.replay_buffer.get_state()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    # The other way round, what hindsight needs besides is left aside.
+    model.save_replay_buffer(tmp_path / "her")
+    plain = small(Walk, replay_buffer_class=ReplayBuffer)
+    plain.load_replay_buffer(tmp_path / "her")
+    assert plain.replay_buffer.size() == 30
+
+
+@pytest.mark.parametrize(("name", "value"), [("age", -1), ("left", -2), ("left", 99), ("left", 5)])
+def test_impossible_episodes_are_refused_and_nothing_changed(name: str, value: int) -> None:
+    collected = Collected(10)
+    collected.step(8)
+    buffer = collected.buffer
+    before = copy.deepcopy(buffer.get_state())
+    state = copy.deepcopy(before)
+    state[name][4, 1] = value
+    with pytest.raises(ValueError, match=r"HerReplayBuffer: the stored age and left count rows .* not there"):
+        buffer.set_state(state)
+    after = buffer.get_state()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_without_an_environment_a_model_predicts_but_samples_nothing(tmp_path: Path) -> None:
     small(Walk).learn(40).save(tmp_path / "model", full=True)
     model = DDPG.load(tmp_path / "model")
