@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 
@@ -21,12 +21,13 @@ from sbac import checkpoint
 from sbac.adapters import Step
 from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
 from sbac.construction import Constructed, LoadsEitherWay, argument_names
-from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments, number_to_make
+from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments
 from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
 from sbac.networks import Trainable
 from sbac.observations import as_batch
 from sbac.policies import choose_policy
+from sbac.resume import resume_run
 from sbac.schedules import FloatOrSchedule, value_at
 from sbac.statistics import EpisodeStatistics, TrainingLog
 from sbac.trees import Tree, rows
@@ -123,6 +124,10 @@ class BaseAlgorithm(metaclass=Constructed):
         self._logger: Logger | None = None
         self._event_file: TensorBoardOutputFormat | None = None
         self._run_name = ""
+        self._run_folder: str | None = None  # of the event file
+        self._first_timestep = 0
+        self._callback: BaseCallback | None = None
+        self._deferred: list[Callable[[], None]] = []
 
     # What an algorithm provides.
 
@@ -135,6 +140,7 @@ class BaseAlgorithm(metaclass=Constructed):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        resume: bool = False,
     ) -> Self:
         """Train for a number of transitions, counted over all environments.
 
@@ -146,6 +152,8 @@ class BaseAlgorithm(metaclass=Constructed):
             reset_num_timesteps: Whether to count from 0 and begin new episodes. False goes on where the last
                 `learn` stopped, with the same episodes.
             progress_bar: Show progress in the terminal.
+            resume: Go on from the newest checkpoint of the `CheckpointCallback` among the callbacks, if there is one,
+                up to `total_timesteps` from where that run began: with its model, environments, log and callbacks.
 
         Returns:
             The model itself.
@@ -219,6 +227,7 @@ class BaseAlgorithm(metaclass=Constructed):
         tb_log_name: str | None,
         reset_num_timesteps: bool,
         progress_bar: bool,
+        resume: bool,
     ) -> Iterator[BaseCallback]:
         """Set everything up for learning, and put everything away after it, whatever ends it."""
         if self.env is None:
@@ -228,20 +237,30 @@ class BaseAlgorithm(metaclass=Constructed):
         prepared = make_callback(callback, progress_bar)
         self._is_watched = callback is not None or progress_bar
 
-        if reset_num_timesteps:
+        run = resume_run(self, prepared, resume)
+        is_new_run = reset_num_timesteps and run is None
+        if is_new_run:
             self.num_timesteps = 0
             self.episodes.forget()
-        self._total_timesteps = self.num_timesteps + steps
-        if reset_num_timesteps or self._obs is None or self.env.reset_count != self._reset_count:
+        self._first_timestep = self.num_timesteps if run is None else run.get("start", 0)
+        self._total_timesteps = self._first_timestep + steps
+        if is_new_run or self._obs is None or self.env.reset_count != self._reset_count:
             self._start_episodes(self.env)
-        self._setup_logger(tb_log_name or type(self).__name__, reset_num_timesteps)
+        name = tb_log_name or type(self).__name__
+        if run is not None:
+            self._run_name, self._run_folder = name, run.get("folder")
+        self._setup_logger(name, is_new_run)
         self._training_log = TrainingLog(interval, self.num_timesteps)
 
+        self._callback = prepared
+        self._deferred.clear()
         prepared.init_callback(self)
         threads = torch.get_num_threads()
         torch.set_num_threads(self._n_threads(threads))
         try:
             prepared.on_training_start({"self": self, "total_timesteps": steps}, globals())
+            if run is not None:
+                checkpoint.continue_run(self, run)
             yield prepared
             if self._training_log.n_updates:
                 self._dump_logs()
@@ -295,7 +314,13 @@ class BaseAlgorithm(metaclass=Constructed):
         if self.env.reset_count != self._reset_count:
             # The callback reset the training environments, by evaluating in them, say: what ran there is cut off.
             self._start_episodes(self.env)
+        while self._deferred:
+            self._deferred.pop(0)()
         return go_on
+
+    def _defer(self, function: Callable[[], None]) -> None:
+        """Call a function once all callbacks are done with the present step."""
+        self._deferred.append(function)
 
     @property
     def ep_info_buffer(self) -> deque[dict[str, float]]:
@@ -344,7 +369,8 @@ class BaseAlgorithm(metaclass=Constructed):
 
     def _setup_logger(self, name: str, is_new_run: bool) -> None:
         outputs = self.logger.output_formats
-        if self._event_file in outputs and (is_new_run or name != self._run_name):
+        is_other_folder = is_new_run or name != self._run_name
+        if self._event_file in outputs and is_other_folder:
             outputs.remove(self._event_file)
             self._event_file.close()
         self._run_name = name
@@ -352,8 +378,9 @@ class BaseAlgorithm(metaclass=Constructed):
         if self.verbose >= 1 and HumanOutputFormat not in kinds:
             self.logger.add_output(HumanOutputFormat())
         if self.tensorboard_log is not None and TensorBoardOutputFormat not in kinds:
-            folder = _run_folder(Path(self.tensorboard_log), name, is_new_run)
-            self._event_file = TensorBoardOutputFormat(folder)
+            if is_other_folder or self._run_folder is None:
+                self._run_folder = _run_folder(Path(self.tensorboard_log), name, is_new_run)
+            self._event_file = TensorBoardOutputFormat(Path(self.tensorboard_log) / self._run_folder)
             self.logger.add_output(self._event_file)
 
     def _log(self, numbers: Mapping[str, Tensor]) -> None:
@@ -366,7 +393,7 @@ class BaseAlgorithm(metaclass=Constructed):
         if self._training_log.is_due(count, self.num_timesteps):
             self._dump_logs(count)
 
-    def _dump_logs(self, count: int = 0) -> None:
+    def _dump_logs(self, count: int | None = None) -> None:
         self._training_log.record(self.logger, count, self.num_timesteps, self.episodes)
         self.logger.record("train/n_updates", self.n_updates)
         self._record_more()
@@ -421,7 +448,7 @@ class BaseAlgorithm(metaclass=Constructed):
         Raises:
             ValueError: Spaces or number of environments differ.
         """
-        new = make_environments(env, number_to_make(env, self.n_envs))
+        new = make_environments(env, 1 if isinstance(env, (list, tuple)) else self._n_to_make(env))
         self.check_env(new)
         if new.num_envs != self.n_envs:
             raise ValueError(f"set_env: the model works with {self.n_envs} environments at once, got {new.num_envs}")
@@ -431,6 +458,9 @@ class BaseAlgorithm(metaclass=Constructed):
         self.env = new
         self._obs = None
         self._reset_count = -1
+
+    def _n_to_make(self, env: EnvironmentLike) -> int:
+        return self.n_envs if isinstance(env, str | type) or (callable(env) and not hasattr(env, "step")) else 1
 
     def check_env(self, env: Environments) -> None:
         """Refuse environments with other spaces than the model's.
@@ -517,7 +547,7 @@ class BaseAlgorithm(metaclass=Constructed):
         Args:
             path: Where to; ".zip" is appended where there is no suffix. Or an open binary file.
             exclude: Parts to leave out, of those that a file can hold: "optimizer", "generators", "episodes", "noise",
-                "replay_buffer", "rollout_buffer".
+                "replay_buffer", "rollout_buffer", "run".
             include: Parts to add to those of a plain file (which holds the policy and its optimizer).
             full: Hold all that resuming needs, the replay buffer included.
 
@@ -600,7 +630,7 @@ class BaseAlgorithm(metaclass=Constructed):
         )
 
 
-def _run_folder(parent: Path, name: str, is_new_run: bool) -> Path:
+def _run_folder(parent: Path, name: str, is_new_run: bool) -> str:
     """`name_1`, `name_2`, ...: a new one for a new run, the newest to go on with."""
     numbers = [
         int(folder.name.removeprefix(f"{name}_"))
@@ -608,4 +638,4 @@ def _run_folder(parent: Path, name: str, is_new_run: bool) -> Path:
         if folder.name.removeprefix(f"{name}_").isdigit()
     ]
     newest = max(numbers, default=0)
-    return parent / f"{name}_{newest + 1 if is_new_run or not newest else newest}"
+    return f"{name}_{newest + 1 if is_new_run or not newest else newest}"

@@ -9,149 +9,28 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from sbac.envs import EnvironmentLike, Environments
 from sbac.evaluation import Evaluations, evaluation_seed, open_environments, require_apart, run_episodes
 from sbac.guards import require_whole
-from sbac.logger import Logger
+from sbac.hooks import BaseCallback as BaseCallback
+from sbac.hooks import Variables
+from sbac.resume import CheckpointCallback as CheckpointCallback
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from sbac.base import BaseAlgorithm
-
 PathLike: TypeAlias = str | os.PathLike[str]
-Variables: TypeAlias = dict[str, Any]
 MaybeCallback: TypeAlias = (
     "BaseCallback | Callable[[Variables, Variables], bool | None] | Sequence[MaybeCallback] | None"
 )
-T = TypeVar("T")
-
-
-class BaseCallback:
-    """Something that happens beside the learning. Subclass it and write the hooks that you need.
-
-    The hooks begin with an underscore. The other methods belong to the algorithm, which calls them.
-
-    Args:
-        verbose: 0 is silent, 1 tells of what is decided, 2 also of what is written.
-
-    Attributes:
-        model: The algorithm that is trained.
-        n_calls: How often `_on_step` was called: once for each step of the vector environment.
-        num_timesteps: How many transitions the model has collected, over all its environments.
-        locals: The local variables of the algorithm's loop, such as ``rewards``, ``dones`` and ``infos``.
-        globals: The global variables there.
-        parent: The callback that calls this one, if any.
-    """
-
-    model: BaseAlgorithm
-
-    def __init__(self, verbose: int = 0) -> None:
-        self.verbose = verbose
-        self.n_calls = 0
-        self.num_timesteps = 0
-        self.locals: Variables = {}
-        self.globals: Variables = {}
-        self.parent: BaseCallback | None = None
-        self._warned_of_none = False
-
-    @property
-    def logger(self) -> Logger:
-        """The model's logger."""
-        return self.model.logger
-
-    @property
-    def training_env(self) -> Any:
-        """The environments that the model is trained in."""
-        return self.model.get_env()
-
-    def init_callback(self, model: BaseAlgorithm) -> None:
-        """Give the callback, and those that it calls, their model."""
-        self.model = model
-        self._call(self._init_callback)
-        for child in self._children():
-            child.parent = self
-            child.init_callback(model)
-
-    def on_training_start(self, locals_: Variables, globals_: Variables) -> None:
-        self.locals, self.globals = locals_, globals_
-        self.num_timesteps = self.model.num_timesteps
-        self._call(self._on_training_start)
-        for child in self._children():
-            child.on_training_start(locals_, globals_)
-
-    def on_rollout_start(self) -> None:
-        self._call(self._on_rollout_start)
-        for child in self._children():
-            child.on_rollout_start()
-
-    def on_step(self) -> bool:
-        """Count the step and act; returns whether training goes on."""
-        self.n_calls += 1
-        self.num_timesteps = self.model.num_timesteps
-        go_on = self._call(self._on_step)
-        if go_on is None and not self._warned_of_none:
-            self._warned_of_none = True
-            hook = f"{type(self).__name__}._on_step"
-            warnings.warn(f"{hook} returned None, taken for True; return True or False", stacklevel=2)
-        return go_on is None or bool(go_on)
-
-    def on_rollout_end(self) -> None:
-        self._call(self._on_rollout_end)
-        for child in self._children():
-            child.on_rollout_end()
-
-    def on_training_end(self) -> None:
-        self._call(self._on_training_end)
-        for child in self._children():
-            child.on_training_end()
-
-    def update_locals(self, locals_: Variables) -> None:
-        """Take over the local variables of the algorithm's loop."""
-        self.locals.update(locals_)
-        for child in self._children():
-            child.update_locals(locals_)
-
-    def close(self) -> None:
-        """Give back what is held (a terminal, environments), also after an error; twice does no harm."""
-        for child in self._children():
-            child.close()
-
-    def _init_callback(self) -> None: ...
-
-    def _on_training_start(self) -> None: ...
-
-    def _on_rollout_start(self) -> None: ...
-
-    def _on_step(self) -> bool | None:
-        return True
-
-    def _on_rollout_end(self) -> None: ...
-
-    def _on_training_end(self) -> None: ...
-
-    def _children(self) -> Sequence[BaseCallback]:
-        """The callbacks whose `on_step` this one calls; all other moments reach them by themselves."""
-        return ()
-
-    def _call(self, hook: Callable[[], T]) -> T:
-        """Call a hook; an error that it raises gets a note with the innermost callback and the step."""
-        try:
-            return hook()
-        except Exception as error:
-            if not any(note.startswith("raised by callback") for note in getattr(error, "__notes__", ())):
-                name, step = f"{type(self).__name__}.{hook.__name__}", self.model.num_timesteps
-                error.add_note(f"raised by callback {name} at step {step}")
-            raise
 
 
 class ConvertCallback(BaseCallback):
@@ -212,6 +91,13 @@ class EveryNTimesteps(EventCallback):
         self.last_time_trigger = self.num_timesteps
         return self._on_event()
 
+    def get_state(self) -> dict[str, Any]:
+        return {**super().get_state(), "last_time_trigger": self.last_time_trigger}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self.last_time_trigger = state["last_time_trigger"]
+
 
 class LogEveryNTimesteps(EveryNTimesteps):
     """Writes a row of the log whenever `num_timesteps` reaches or passes a multiple of `n_steps`."""
@@ -224,58 +110,13 @@ class LogEveryNTimesteps(EveryNTimesteps):
         return True
 
 
-class CheckpointCallback(BaseCallback):
-    """Saves a full checkpoint every `save_freq` calls, as ``{name_prefix}_{num_timesteps}_steps.zip``.
-
-    A checkpoint holds all that exact resuming takes, replay buffer and normalisation included, whatever
-    `save_replay_buffer` and `save_vecnormalize` say.
-
-    Args:
-        save_freq: Calls between two checkpoints, at least 1; a call is one step of all n environments.
-        save_path: The folder, made if need be.
-        name_prefix: How the names of the files begin.
-        save_replay_buffer: Also write the replay buffer alone, as
-            ``{name_prefix}_replay_buffer_{num_timesteps}_steps.zip``.
-        save_vecnormalize: Accepted for scripts written for Stable-Baselines.
-        verbose: 2 tells of each file.
-    """
-
-    def __init__(
-        self,
-        save_freq: int,
-        save_path: PathLike,
-        name_prefix: str = "rl_model",
-        save_replay_buffer: bool = False,
-        save_vecnormalize: bool = False,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(verbose)
-        self.save_freq = require_whole("save_freq", save_freq, 1)
-        self.save_path = Path(save_path)
-        self.name_prefix = name_prefix
-        self.save_replay_buffer = save_replay_buffer
-
-    def _init_callback(self) -> None:
-        self.save_path.mkdir(parents=True, exist_ok=True)
-
-    def _on_step(self) -> bool:
-        if self.n_calls % self.save_freq == 0:
-            path = self.save_path / f"{self.name_prefix}_{self.num_timesteps}_steps.zip"
-            self.model.save(path, full=True)
-            if self.save_replay_buffer and hasattr(self.model, "replay_buffer"):
-                name = f"{self.name_prefix}_replay_buffer_{self.num_timesteps}_steps.zip"
-                self.model.save_replay_buffer(self.save_path / name)
-            if self.verbose >= 2:
-                print(f"Saved a checkpoint: {path}")
-        return True
-
-
 class EvalCallback(EventCallback):
     """Evaluates the model every `eval_freq` calls, in environments of its own, and keeps the best.
 
     Logs ``eval/mean_reward``, ``eval/mean_ep_length`` and, where infos hold ``is_success``,
-    ``eval/success_rate``. Training goes on exactly as it would without. The environments are seeded once,
-    from the model's seed, with random numbers apart from those of training.
+    ``eval/success_rate``. Training goes on exactly as it would without. Each evaluation seeds the
+    environments from the model's seed and the step, apart from training: its episodes differ from those of the one
+    before, and a run that was resumed evaluates those that it would have without the break.
 
     Args:
         eval_env: What `sbac.envs.make_environments` takes; never the training environment itself.
@@ -328,7 +169,6 @@ class EvalCallback(EventCallback):
     def _on_training_start(self) -> None:
         if self._environments is None:
             self._environments, self._made_here = open_environments(self.eval_env)
-            self._seed = evaluation_seed(self.model.seed)
         if hasattr(self.model, "check_env"):
             self.model.check_env(self._environments)
         require_apart(self._environments, self.model, self.training_env, self.warn)
@@ -356,8 +196,8 @@ class EvalCallback(EventCallback):
         assert self._environments is not None, "on_training_start comes before on_step"
         warn = self.warn and not self.evaluations.timesteps
         how = (self.n_eval_episodes, self.deterministic, self.render)
-        episodes = run_episodes(self.model, self._environments, *how, warn=warn, seed=self._seed)
-        self._seed = None
+        seed = evaluation_seed(self.model.seed, self.num_timesteps)
+        episodes = run_episodes(self.model, self._environments, *how, warn=warn, seed=seed)
         self.evaluations.add(self.num_timesteps, episodes)
         if self.log_path:
             self.evaluations.write(self.log_path)
@@ -372,6 +212,14 @@ class EvalCallback(EventCallback):
             spread, length = np.std(episodes.returns), numbers["mean_ep_length"]
             text = f"return {self.last_mean_reward:.2f} +/- {spread:.2f}, episode length {length:.1f}"
             print(f"Evaluation at step {self.num_timesteps}: {text}")
+
+    def get_state(self) -> dict[str, Any]:
+        rewards = {"best": float(self.best_mean_reward), "last": float(self.last_mean_reward)}
+        return {**super().get_state(), **rewards}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self.best_mean_reward, self.last_mean_reward = state["best"], state["last"]
 
     def close(self) -> None:
         if self._environments is not None and self._made_here:
@@ -440,6 +288,14 @@ class StopTrainingOnNoModelImprovement(_EvaluationCallback):
             print(f"Stopped: no new best mean return in {self.no_improvement_evals} evaluations")
         return go_on
 
+    def get_state(self) -> dict[str, Any]:
+        counted = {"last_best": float(self.last_best_mean_reward), "no_improvement": self.no_improvement_evals}
+        return {**super().get_state(), **counted}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self.last_best_mean_reward, self.no_improvement_evals = state["last_best"], state["no_improvement"]
+
 
 class StopTrainingOnMaxEpisodes(BaseCallback):
     """Stops once `max_episodes` (at least 1) episodes per environment ended: `max_episodes` x n in all.
@@ -462,6 +318,13 @@ class StopTrainingOnMaxEpisodes(BaseCallback):
         if not go_on and self.verbose >= 1:
             print(f"Stopped: {self.n_episodes} episodes ended, in {self.num_timesteps} steps")
         return go_on
+
+    def get_state(self) -> dict[str, Any]:
+        return {**super().get_state(), "n_episodes": self.n_episodes}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self.n_episodes = state["n_episodes"]
 
 
 class ProgressBarCallback(BaseCallback):

@@ -17,7 +17,7 @@ from torch import nn
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
-from sbac.envs import EnvironmentLike, Spaces, make_environments, number_to_make
+from sbac.envs import EnvironmentLike, Spaces, make_environments
 from sbac.observations import split_mask
 from sbac.tape import Recording
 from sbac.trees import leaves, space_tree, tree_like
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PathLike = str | Path
 
-PARTS = ("optimizer", "generators", "episodes", "noise", "replay_buffer", "rollout_buffer")
+PARTS = ("optimizer", "generators", "episodes", "noise", "replay_buffer", "rollout_buffer", "run")
 COUNTERS = (
     "num_timesteps",
     "n_updates",
@@ -103,7 +103,8 @@ def load(
         raise ArchiveError(f"{path}: config.json does not describe the model's spaces: {error}") from error
     made: Any = known
     if env is not None:
-        made = make_environments(env, number_to_make(env, known.n_envs))
+        many = isinstance(env, str | type) or (callable(env) and not hasattr(env, "step"))
+        made = make_environments(env, known.n_envs if many else 1)
         arguments["n_envs"] = made.num_envs
         for what in ("observation_space", "action_space"):
             if getattr(known, what) != getattr(made, what):
@@ -117,18 +118,82 @@ def load(
     return model
 
 
+def restore(model: Any, path: PathLike) -> tuple[dict[str, Any], list[str]]:
+    """Bring a model to where a full checkpoint left off, without making another: its own arguments stay.
+
+    Returns:
+        What `continue_run` needs, and what is to be said.
+
+    Raises:
+        ArchiveError: The file is damaged or foreign.
+        ValueError: It is no full checkpoint of this algorithm.
+    """
+    # A user's own objects are in the arguments, which the model has already.
+    file = read_archive(path, members=lambda name: name != "objects.pkl")
+    if file.meta.get("class") != type(model).__name__ or file.state is None:
+        kind = "full checkpoint" if file.state is not None else "model without the state of its training"
+        raise ValueError(
+            f"{path} is a {kind} of {file.meta.get('class')}, from which {type(model).__name__} cannot resume; "
+            "name another folder or prefix for its checkpoints"
+        )
+    try:
+        run = decode(file.state.get("run", {}))
+    except ValueError as error:
+        raise ArchiveError(f"{path}: the state of the run cannot be read: {error}") from error
+    return run, [*_changed_arguments(model, file), *_restore(model, file, path)]
+
+
+def run_state(model: Any) -> dict[str, Any]:
+    """Where a run is, beside the model: its log and its callbacks."""
+    return {
+        "start": model._first_timestep,
+        "folder": model._run_folder,
+        "training_log": model._training_log.get_state(),
+        "logger": model.logger.get_state(),
+        "callbacks": [(type(one).__name__, one.get_state()) for one in model._callback.everyone()],
+    }
+
+
+def continue_run(model: Any, run: Mapping[str, Any]) -> None:
+    """Go on with log and callbacks from where `run_state` was taken, now that all of them have been started."""
+    if not run:
+        return
+    model._training_log.set_state(run["training_log"])
+    model.logger.set_state(run["logger"])
+    saved = list(run["callbacks"])
+    for one in model._callback.everyone():
+        # Each takes the state of the next of its kind: those that are new, or gone, leave the others alone.
+        index = next((i for i, (kind, _) in enumerate(saved) if kind == type(one).__name__), None)
+        if index is not None:
+            one.set_state(saved.pop(index)[1])
+
+
+def _changed_arguments(model: Any, file: Archive) -> list[str]:
+    now, then = encode(_arguments(model))[0], file.config.get("arguments", {})
+    changed = [name for name in now if name in then and now[name] != then[name]]
+    if not changed:
+        return []
+    values = ", ".join(f"{name} is {now[name]!r}, was {then[name]!r}" for name in changed)
+    return [f"the run is resumed with other arguments than it had: {values}"]
+
+
 def _restore(model: Any, file: Archive, path: Any) -> list[str]:
     """Give a model what a file holds besides its constructor arguments; returns what is to be said of it."""
     _load_weights(model, file, path)
     for name in COUNTERS:
         if hasattr(model, name):
             setattr(model, name, int(file.meta["counters"].get(name, 0)))
+    model._obs = None
     if file.state is None:
         return []
     try:
-        return _set_state(model, file)
-    except (KeyError, TypeError) as error:
-        raise ArchiveError(f"{path}: the state of the checkpoint is incomplete: {error!r}") from error
+        remarks = _set_state(model, file)
+        recordings = _recordings(file)
+    except Exception as error:  # the content passes through setters of numpy and torch, which raise what they like
+        raise ArchiveError(f"{path}: the state of the checkpoint cannot be restored: {error!r}") from error
+    if recordings is not None and model.env is not None and _has_same_environments(model, file):
+        remarks += _put_environments_back(model, recordings, _below(file.arrays, "state/"))
+    return remarks
 
 
 def load_policy(policy: nn.Module, state: Mapping[str, torch.Tensor], exact_match: bool = True) -> None:
@@ -246,6 +311,13 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
             for i, tape in enumerate(recordings):
                 if tape is not None:
                     arrays[f"environments/{i}/actions"] = tape.actions
+    if "run" in parts and model._callback is not None:
+        data["run"], objects = encode(run_state(model))
+        if objects:
+            raise ArchiveError(
+                f"the state of a callback or logger must be plain data (numbers, texts, lists, arrays), but holds "
+                f"{', '.join(objects)}: see its get_state"
+            )
     if "noise" in parts and getattr(model, "action_noise", None) is not None:
         arrays.update({f"noise/{name}": array for name, array in model.action_noise.get_state().items()})
     for name, buffer in model._buffers().items():
@@ -257,14 +329,14 @@ def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.nd
 def _set_state(model: Any, file: Archive) -> list[str]:
     data, arrays = file.state or {}, _below(file.arrays, "state/")
     remarks: list[str] = []
-    # What belongs to single environments is of no use to another number of them: their episodes begin anew.
-    same_environments = file.config["arguments"]["n_envs"] == model.n_envs
+    same_environments = _has_same_environments(model, file)
     if "generator" in data:
         model.generator.bit_generator.state = decode(data["generator"])
         for name in ("_act_generator", "_predict_generator"):
             getattr(model, name).set_state(array_to_tensor(arrays[f"generators/{name}"]))
         model._update_state = array_to_tensor(arrays["generators/_update_state"])
     if "ep_info_buffer" in data:
+        model.episodes.forget()
         model.ep_info_buffer.extend(decode(data["ep_info_buffer"]))
         model.ep_success_buffer.extend(data["ep_success_buffer"])
         model.episodes.count = int(data["n_episodes"])
@@ -272,6 +344,8 @@ def _set_state(model: Any, file: Archive) -> list[str]:
             model.episodes.running_return = arrays["episodes/return"]
             model.episodes.running_length = arrays["episodes/length"]
             model.policy.set_running_state(_below(arrays, "episodes/policy/"))
+        else:
+            model.episodes.start()
     noise = _below(arrays, "noise/")
     if noise and same_environments:
         model.action_noise.set_state(noise)
@@ -284,17 +358,29 @@ def _set_state(model: Any, file: Archive) -> list[str]:
                 f"the replay buffer of the file was collected in {file.config['arguments']['n_envs']} environments and "
                 f"the model now has {model.n_envs}: it was left out, the new one is empty"
             )
-    if same_environments and model.env is not None and "environments" in data:
-        remarks += _put_environments_back(model, data["environments"], arrays)
     return remarks
 
 
-def _put_environments_back(model: Any, starts: list[Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Bring each environment to where it was; where that can't be, begin a new episode and truncate the old one."""
-    recordings = [
-        None if start is None else Recording(**decode(start), actions=arrays[f"environments/{i}/actions"])
+def _has_same_environments(model: Any, file: Archive) -> bool:
+    """Whether there are as many: what belongs to single ones is of no use to another number of them."""
+    return bool(file.config["arguments"]["n_envs"] == model.n_envs)
+
+
+def _recordings(file: Archive) -> list[Recording | None] | None:
+    """The running episodes in a file, None if it has none."""
+    starts = (file.state or {}).get("environments")
+    if starts is None:
+        return None
+    return [
+        None if start is None else Recording(**decode(start), actions=file.arrays[f"state/environments/{i}/actions"])
         for i, start in enumerate(starts)
     ]
+
+
+def _put_environments_back(
+    model: Any, recordings: list[Recording | None], arrays: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Bring each environment to where it was; where that can't be, begin a new episode and truncate the old one."""
     obs = tree_like(space_tree(model.observation_space), arrays, "episodes/obs")
     seed = None if model.seed is None else _new_seed(model._env_seed, model.num_timesteps)
     model._obs, failed = model.env.put_back(recordings, obs, model.episodes.running_return, seed)

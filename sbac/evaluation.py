@@ -326,12 +326,14 @@ def require_apart(env: Environments, model: Any, training_env: Any, warn: bool) 
             warnings.warn(f"eval_env has the {name} {ours}, the model {theirs}", stacklevel=2)
 
 
-def evaluation_seed(seed: int | None) -> int | None:
-    """A seed for evaluation environments, apart from all that a model draws from its own `seed`."""
+def evaluation_seed(seed: int | None, num_timesteps: int) -> int | None:
+    """A seed for the evaluation at a step, apart from all that a model draws from its own `seed`."""
     if seed is None:
         return None
     stream = 0x5EED
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0] >> 1)  # some take 31 bits only
+    return int(
+        np.random.SeedSequence([seed, stream, num_timesteps]).generate_state(1)[0] >> 1
+    )  # some take 31 bits only
 
 
 def _warn_of_changed_rewards(env: Environments) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -89,6 +90,13 @@ class KVWriter:
     def close(self) -> None:
         """Let go of what is open. A later write opens it again."""
 
+    def get_state(self) -> dict[str, int]:
+        """How far this output has come, as plain data, for a full checkpoint."""
+        return {}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Take back what was written since `get_state`, in a run that is resumed: it is about to be written again."""
+
 
 class HumanOutputFormat(KVWriter):
     """A table for people: drawn in a terminal, plain aligned text in a pipe, a file or a narrow window.
@@ -133,6 +141,13 @@ class HumanOutputFormat(KVWriter):
     def write_sequence(self, sequence: list[str]) -> None:
         self._put(" ".join(sequence) + "\n")
 
+    def get_state(self) -> dict[str, int]:
+        return {} if self._path is None or not self._path.exists() else {"bytes": self._path.stat().st_size}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        if self._path is not None and self._path.exists() and state.get("bytes", math.inf) < self._path.stat().st_size:
+            os.truncate(self._path, state["bytes"])
+
     def _is_terminal(self) -> bool:
         stream = self._stream or sys.stdout
         encoding = getattr(stream, "encoding", None) or ""
@@ -159,6 +174,14 @@ class _LinesOutputFormat(KVWriter):
         with self._path.open("a+b") as file:
             file.seek(0)
             file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+
+    def get_state(self) -> dict[str, int]:
+        with self._path.open("rb") as file:
+            return {"lines": sum(1 for _ in file)}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        with self._path.open("r+b") as file:
+            file.truncate(sum(len(line) for line in itertools.islice(file, state["lines"])))
 
     def _append(self, line: bytes) -> None:
         """Append the whole line in one write, or nothing."""
@@ -247,6 +270,8 @@ class TensorBoardOutputFormat(KVWriter):
         self.destination = str(self._folder)
         self._writer: Any = None
         self._broken = False
+        self._last_step: int | None = None
+        self._purge_step: int | None = None
 
     def write(self, row: Mapping[str, Any], step: int = 0) -> None:
         # The writer's thread does not survive an error, and the next one would print its traceback again.
@@ -256,10 +281,13 @@ class TensorBoardOutputFormat(KVWriter):
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step > 0 else None)
+                purge_step = step + 1 if step > 0 and self._purge_step is None else self._purge_step
+                self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
+                self._purge_step = None
             for key, value in row.items():
                 self._add(key, value, step)
             self._writer.flush()
+            self._last_step = step
         except OSError:
             self._broken = True
             raise
@@ -287,6 +315,15 @@ class TensorBoardOutputFormat(KVWriter):
         if self._writer is not None:
             self._writer.close()
         self._writer = None
+
+    def get_state(self) -> dict[str, int]:
+        return {} if self._last_step is None else {"last_step": self._last_step}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        # Events can't be cut off; the next event file says from which step on earlier ones do not count.
+        self.close()
+        self._last_step = state.get("last_step")
+        self._purge_step = 0 if self._last_step is None else self._last_step + 1
 
 
 class Logger:
@@ -382,6 +419,29 @@ class Logger:
         for output in self.output_formats:
             with self._surviving(output):
                 output.close()
+
+    def get_state(self) -> dict[str, Any]:
+        """What was recorded since the last dump, and how far each output has come, as plain data."""
+        values = {key: v.item() if hasattr(v, "item") else v for key, v in self.name_to_value.items()}
+        plain = {key: value for key, value in values.items() if isinstance(value, (bool, int, float, str))}
+        return {
+            "values": {
+                key: (v, self._name_to_count.get(key, 0), self._name_to_excluded[key]) for key, v in plain.items()
+            },
+            "outputs": [(output.name, output.get_state()) for output in self.output_formats],
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `get_state` returned: what the outputs were given since is taken back."""
+        self.name_to_value = {key: value for key, (value, _, _) in state["values"].items()}
+        self._name_to_count = {key: count for key, (_, count, _) in state["values"].items() if count}
+        self._name_to_excluded = {key: excluded for key, (_, _, excluded) in state["values"].items()}
+        saved = list(state["outputs"])
+        for output in self.output_formats:
+            index = next((i for i, (name, _) in enumerate(saved) if name == output.name), None)
+            if index is not None:
+                with self._surviving(output):
+                    output.set_state(saved.pop(index)[1])
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -117,9 +118,10 @@ class TrainingLog:
         """Whether to write a row, now that there were `count` rollouts or episodes."""
         return count - self._last_count >= self._interval or num_timesteps - self._last_timesteps >= HEARTBEAT
 
-    def record(self, logger: Logger, count: int, num_timesteps: int, episodes: EpisodeStatistics) -> None:
-        """Hand everything since the last row to the logger, and begin anew."""
-        self._last_count, self._last_timesteps = count, num_timesteps
+    def record(self, logger: Logger, count: int | None, num_timesteps: int, episodes: EpisodeStatistics) -> None:
+        """Hand everything since the last row to the logger, and begin anew. None leaves the last count as it is."""
+        self._last_count = self._last_count if count is None else count
+        self._last_timesteps = num_timesteps
         if episodes.infos:
             logger.record("rollout/ep_rew_mean", float(np.mean([episode["r"] for episode in episodes.infos])))
             logger.record("rollout/ep_len_mean", float(np.mean([episode["l"] for episode in episodes.infos])))
@@ -133,3 +135,21 @@ class TrainingLog:
         for name, (total, count) in self._sums.items():
             logger.record(f"train/{name}", float(total) / count)
         self._sums, self.n_updates = {}, 0
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything gathered, as plain data, for a full checkpoint."""
+        return {
+            "seconds": self.seconds,
+            "start_timesteps": self._start_timesteps,
+            "last_count": self._last_count,
+            "last_timesteps": self._last_timesteps,
+            "sums": {name: (float(total), count) for name, (total, count) in self._sums.items()},
+            "n_updates": self.n_updates,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `get_state` returned. The time in between does not count."""
+        self._start_time = time.perf_counter() - state["seconds"]
+        self._start_timesteps = state["start_timesteps"]
+        self._last_count, self._last_timesteps = state["last_count"], state["last_timesteps"]
+        self._sums, self.n_updates = dict(state["sums"]), state["n_updates"]

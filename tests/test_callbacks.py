@@ -94,6 +94,9 @@ class Model:
         path.touch()
         self.saved.append((path, full))
 
+    def _defer(self, function: Callable[[], None]) -> None:
+        function()
+
     def _dump_logs(self) -> None:
         self.dumped.append(self.num_timesteps)
 
@@ -395,19 +398,21 @@ def test_without_successes_none_are_written(tmp_path: Path) -> None:
     assert set(np.load(tmp_path / "evaluations.npz")) == {"timesteps", "results", "ep_lengths"}
 
 
-def test_evaluation_environments_are_seeded_once_and_apart() -> None:
-    def seeds(seed: int | None) -> list[int | None]:
-        env = Bandit()
-        Model(seed=seed).learn(EvalCallback(env, n_eval_episodes=1, eval_freq=1, verbose=0), 3)
-        return env.seeds
+def test_each_evaluation_is_seeded_by_seed_and_step_apart_from_training() -> None:
+    def seeds(seed: int | None, start: int = 0) -> list[int | None]:
+        env, model = Bandit(), Model(seed=seed)
+        model.num_timesteps = start
+        model.learn(EvalCallback(env, n_eval_episodes=1, eval_freq=1, verbose=0), 3)
+        return env.seeds[::2]  # after each evaluation's only episode, the environment resets itself
 
-    first, *rest = seeds(7)
-    assert first is not None and first != 7 and set(rest) == {None}
-    assert seeds(7)[0] == first != seeds(8)[0]
+    seven = seeds(7)
+    assert len({*seven, 7}) == 4 and None not in seven
+    assert seeds(7, start=1)[:2] == seven[1:], "wherever the run was resumed"
+    assert not set(seeds(8)) & set(seven)
     assert set(seeds(None)) == {None}
     direct = Bandit()
-    make_environments(direct).reset(seed=evaluation_seed(7))
-    assert direct.seeds == [first]
+    make_environments(direct).reset(seed=evaluation_seed(7, num_timesteps=2))
+    assert direct.seeds == [seven[1]]
 
 
 def test_evaluation_environments_made_by_the_callback_are_closed_by_it() -> None:

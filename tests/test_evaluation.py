@@ -276,9 +276,9 @@ def test_layers_are_all_that_is_wrapped() -> None:
 
 
 def test_evaluation_seeds_are_apart_from_the_seed() -> None:
-    seeds = [evaluation_seed(seed) for seed in range(100)]
+    seeds = [evaluation_seed(seed, step) for seed in range(50) for step in (0, 1000)]
     assert len(set(seeds)) == 100 and not set(seeds) & set(range(100))
-    assert evaluation_seed(None) is None
+    assert evaluation_seed(None, 0) is None
 
 
 def test_evaluations_survive_the_file(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import errno
+import itertools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,24 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sbac import A2C, DDPG, TD3
 from sbac import tape as tape_module
+from sbac.archive import ArchiveError
 from sbac.base import BaseAlgorithm
+from sbac.callbacks import (
+    BaseCallback,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    LogEveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnNoModelImprovement,
+)
 from sbac.envs import make_environments
+from sbac.logger import configure
+from sbac.prioritized import PrioritizedReplayBuffer
 from sbac.tape import Tape
 from tests.environments import Counter, Random
 
@@ -221,3 +238,255 @@ def test_an_action_changed_later_is_recorded_as_it_was() -> None:
     assert recording is not None
     assert recording.actions.tobytes() == np.float32(0.5).tobytes()
     assert recording.seed == 0
+
+
+# Runs are resumed from their checkpoints, with log and callbacks.
+
+
+class Killed(BaseException):
+    """What no code catches, as if the process were gone."""
+
+
+class Kill(BaseCallback):
+    """Kills at the call `at`, counted in this process."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def _on_training_start(self) -> None:
+        self.left = self.at
+
+    def _on_step(self) -> bool:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+        return True
+
+
+class Noting(BaseCallback):
+    """Records a mean and a value of its own, and at which calls."""
+
+    def _on_step(self) -> bool:
+        self.logger.record_mean("own/mean", self.n_calls)
+        if self.n_calls % 7 == 0:
+            self.logger.record("own/seventh", self.num_timesteps)
+        return True
+
+
+def train(cls: type[BaseAlgorithm], env: Any, folder: Path, at: int = 0, steps: int = 400, **arguments: Any) -> Any:
+    """One attempt at a run, as a script that is started again and again; returns the model."""
+    model = cls("MlpPolicy", env, tensorboard_log=str(folder / "events"), **SMALL, **arguments)
+    model.set_logger(configure(folder, ("csv", "json", "log")))
+    patience = StopTrainingOnNoModelImprovement(1000)
+    stop = StopTrainingOnMaxEpisodes(10_000)
+    callbacks = [
+        CheckpointCallback(23, folder / "checkpoints", resume="auto", keep_last=2),
+        EvalCallback(
+            env,
+            callback_after_eval=patience,
+            n_eval_episodes=2,
+            eval_freq=31,
+            log_path=folder,
+            best_model_save_path=folder,
+            deterministic=False,
+            verbose=0,
+        ),
+        EveryNTimesteps(40, Noting()),
+        LogEveryNTimesteps(90),
+        stop,
+        Kill(at),
+    ]
+    model.callbacks = {"patience": patience, "stop": stop, "noting": callbacks[2].callback}
+    try:
+        model.learn(steps, callback=callbacks, log_interval=3, tb_log_name="run")
+    finally:
+        model.close()
+    return model
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the log, without what tells the time."""
+    lines = [json.loads(line) for line in (folder / "progress.json").read_text().splitlines()]
+    with (folder / "progress.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(lines), "table and JSON hold the same rows"
+    return [{k: v for k, v in line.items() if k not in ("time/fps", "time/time_elapsed")} for line in lines]
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves that TensorBoard shows."""
+    accumulator = EventAccumulator(str(folder / "events" / "run_1"), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+        if tag not in ("time/fps", "time/time_elapsed")
+    }
+
+
+@pytest.mark.parametrize("kills", [(60,), (24, 47, 1, 90, 24)])
+@pytest.mark.parametrize(
+    ("cls", "env_id", "arguments"),
+    [
+        (A2C, "CartPole-v1", {"n_steps": 8, "n_envs": 2}),
+        (DDPG, "Pendulum-v1", REPLAY),
+        (TD3, "Pendulum-v1", {**REPLAY, "train_freq": (1, "episode"), "n_envs": 2}),
+        (TD3, "MountainCarContinuous-v0", {**REPLAY, "replay_buffer_class": PrioritizedReplayBuffer, "dropout": 0.1}),
+    ],
+)
+def test_a_run_killed_and_resumed_has_weights_log_and_evaluations_of_one_never_killed(
+    cls: type[BaseAlgorithm],
+    env_id: str,
+    arguments: dict[str, Any],
+    kills: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # TensorBoard reads event files in the order of their names: the second, then the host. Here a second has many.
+    hosts = itertools.count()
+    monkeypatch.setattr("socket.gethostname", lambda: f"host{next(hosts):06d}")
+
+    def env() -> gymnasium.Env[Any, Any]:
+        return gymnasium.make(env_id, max_episode_steps=37)
+
+    whole = train(cls, env, tmp_path / "whole", **arguments)
+    for at in kills:
+        with pytest.raises(Killed):
+            train(cls, env, tmp_path / "killed", at=at, **arguments)
+    killed = train(cls, env, tmp_path / "killed", **arguments)
+
+    assert killed.num_timesteps == whole.num_timesteps == 400
+    assert_equal(killed, whole)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert (tmp_path / "killed" / "log.txt").read_text().count("\n\n") == len(rows(tmp_path / "whole"))
+    assert events(tmp_path / "killed") == events(tmp_path / "whole")
+    ours, theirs = (dict(np.load(tmp_path / name / "evaluations.npz")) for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    best = [cls.load(tmp_path / name / "best_model") for name in ("killed", "whole")]
+    assert best[0].num_timesteps == best[1].num_timesteps
+    assert all(torch.equal(a, b) for a, b in zip(*(m.policy.state_dict().values() for m in best), strict=True))
+    for name, callback in whole.callbacks.items():
+        assert killed.callbacks[name].get_state() == callback.get_state(), name
+    names = [[path.name for path in sorted((tmp_path / run / "checkpoints").iterdir())] for run in ("killed", "whole")]
+    assert names[0] == names[1] and len(names[0]) == 2
+
+
+def test_without_the_state_of_callbacks_and_log_the_rows_would_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above sees it where a resumed run does not go on with them."""
+    train(A2C, "CartPole-v1", tmp_path / "whole", n_steps=8)
+    with pytest.raises(Killed):
+        train(A2C, "CartPole-v1", tmp_path / "killed", at=60, n_steps=8)
+    monkeypatch.setattr("sbac.checkpoint.continue_run", lambda *_: None)
+    train(A2C, "CartPole-v1", tmp_path / "killed", n_steps=8)
+    assert rows(tmp_path / "killed") != rows(tmp_path / "whole")
+
+
+def small(folder: Path, **arguments: Any) -> tuple[A2C, CheckpointCallback]:
+    return A2C("MlpPolicy", "CartPole-v1", n_steps=4, **SMALL), CheckpointCallback(10, folder, **arguments)
+
+
+def test_learn_resumes_when_asked_up_to_the_same_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(25, callback=checkpoints, resume=True)
+    assert "nothing to resume" in capsys.readouterr().out and model.num_timesteps == 25
+
+    model, checkpoints = small(tmp_path)
+    model.learn(33, callback=[checkpoints], resume=True)
+    assert "resumed from" in capsys.readouterr().out
+    assert model.num_timesteps == 33, "13 more, counted from where the run began"
+    model, checkpoints = small(tmp_path)
+    model.learn(20, callback=checkpoints, resume=True)
+    assert model.num_timesteps == 30, "it has come further already"
+
+    model, checkpoints = small(tmp_path)
+    model.learn(5, callback=checkpoints)
+    assert model.num_timesteps == 5, "nobody asked"
+    with pytest.raises(ValueError, match="pass one as callback"):
+        model.learn(5, resume=True)
+    with pytest.raises(ValueError, match="'auto' or None, not 'yes'"):
+        CheckpointCallback(1, tmp_path, resume="yes")
+
+
+def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path: Path) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(40, callback=checkpoints)
+    (tmp_path / "rl_model_40_steps.zip").write_bytes(b"PK but cut")
+    (tmp_path / "other_90_steps.zip").write_bytes(b"of somebody else")
+    model, checkpoints = small(tmp_path, keep_last=2)
+    with pytest.warns(UserWarning, match="cannot be resumed from, the one before is tried.*40_steps"):
+        model.learn(50, callback=checkpoints, resume=True)
+    assert model.num_timesteps == 50
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["other_90_steps.zip", "rl_model_40_steps.zip", "rl_model_50_steps.zip"]
+
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    model, checkpoints = small(tmp_path)
+    before = model.policy.flat.clone()
+    with pytest.warns(UserWarning), pytest.raises(ArchiveError, match="none of the 2 checkpoints"):
+        model.learn(50, callback=checkpoints, resume=True)
+    assert torch.equal(model.policy.flat, before) and model.num_timesteps == 0
+
+
+def test_a_run_that_begins_anew_in_the_folder_is_the_one_resumed(tmp_path: Path) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(90, callback=checkpoints)
+    model, checkpoints = small(tmp_path, keep_last=1)
+    model.learn(20, callback=checkpoints)
+    assert len(list(tmp_path.iterdir())) == 8, "what another run wrote is not removed"
+    model, checkpoints = small(tmp_path)
+    model.learn(30, callback=checkpoints, resume=True)
+    assert model.num_timesteps == 30
+
+
+def test_other_arguments_are_told_and_another_algorithm_is_refused(tmp_path: Path) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(20, callback=checkpoints)
+    other = A2C("MlpPolicy", "CartPole-v1", n_steps=4, gamma=0.5, **SMALL)
+    with pytest.warns(UserWarning, match="resumed with other arguments than it had: gamma is 0.5, was 0.99"):
+        other.learn(30, callback=CheckpointCallback(10, tmp_path, resume="auto"))
+    assert other.gamma == 0.5
+    with pytest.raises(ValueError, match="full checkpoint of A2C, from which DDPG cannot resume"):
+        DDPG("MlpPolicy", "Pendulum-v1", **SMALL).learn(30, callback=CheckpointCallback(10, tmp_path, resume="auto"))
+
+
+def test_own_objects_need_no_leave_to_be_resumed_since_the_script_has_them(tmp_path: Path) -> None:
+    class Own(torch.nn.Tanh):
+        pass
+
+    def make() -> A2C:
+        return A2C("MlpPolicy", "CartPole-v1", seed=0, policy_kwargs={"activation_fn": Own})
+
+    make().learn(20, callback=CheckpointCallback(10, tmp_path))
+    model = make().learn(30, callback=CheckpointCallback(10, tmp_path), resume=True)
+    assert model.num_timesteps == 30
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, checkpoints = small(tmp_path, keep_last=1)
+    model.learn(10, callback=checkpoints)
+    content = (tmp_path / "rl_model_10_steps.zip").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.warns(UserWarning, match="the checkpoint of step 20 was not written.*No space left"):
+        model.learn(15, callback=checkpoints, reset_num_timesteps=False)
+    assert model.num_timesteps == 25
+    assert [path.name for path in tmp_path.iterdir()] == ["rl_model_10_steps.zip"]
+    assert (tmp_path / "rl_model_10_steps.zip").read_bytes() == content
+
+
+def test_a_callback_whose_state_is_no_data_is_named(tmp_path: Path) -> None:
+    class Strange(BaseCallback):
+        def get_state(self) -> dict[str, Any]:
+            return {"own": object()}
+
+    model, checkpoints = small(tmp_path)
+    with pytest.raises(ArchiveError, match=r"must be plain data.*callbacks\[1\]"):
+        model.learn(10, callback=[Strange(), checkpoints])

@@ -1,0 +1,162 @@
+"""The checkpoints of a run: written now and then, and found again to go on from."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sbac import checkpoint
+from sbac.archive import ArchiveError
+from sbac.guards import require_whole
+from sbac.hooks import BaseCallback
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+class CheckpointCallback(BaseCallback):
+    """Saves a full checkpoint every `save_freq` calls, as ``{name_prefix}_{num_timesteps}_steps.zip``.
+
+    A checkpoint holds all that exact resuming takes, replay buffer and normalisation included, whatever
+    `save_replay_buffer` and `save_vecnormalize` say. It is written once all callbacks are done with the step. One that
+    can't be written (the disk is full, say) is warned of, and training goes on.
+
+    Args:
+        save_freq: Calls between two checkpoints, at least 1; a call is one step of all n environments.
+        save_path: The folder, made if need be.
+        name_prefix: How the names of the files begin.
+        save_replay_buffer: Also write the replay buffer alone, as
+            ``{name_prefix}_replay_buffer_{num_timesteps}_steps.zip``.
+        save_vecnormalize: Accepted for scripts written for Stable-Baselines.
+        verbose: 2 tells of each file.
+        resume: "auto" lets `learn` go on from the newest checkpoint in the folder, if there is one, as
+            ``learn(resume=True)`` does. None leaves that to `learn`.
+        keep_last: How many checkpoints to keep, at least 1: when one was written, older ones of this run are removed.
+            None keeps all.
+    """
+
+    def __init__(
+        self,
+        save_freq: int,
+        save_path: PathLike,
+        name_prefix: str = "rl_model",
+        save_replay_buffer: bool = False,
+        save_vecnormalize: bool = False,
+        verbose: int = 0,
+        resume: str | None = None,
+        keep_last: int | None = None,
+    ) -> None:
+        super().__init__(verbose)
+        self.save_freq = require_whole("save_freq", save_freq, 1)
+        self.save_path = Path(save_path)
+        self.name_prefix = name_prefix
+        self.save_replay_buffer = save_replay_buffer
+        if resume not in (None, "auto"):
+            raise ValueError(f"resume must be 'auto' or None, not {resume!r}")
+        self.resume = resume
+        self.keep_last = None if keep_last is None else require_whole("keep_last", keep_last, 1)
+        self._written: list[Path] = []  # of this run, from the oldest
+
+    def _init_callback(self) -> None:
+        self.save_path.mkdir(parents=True, exist_ok=True)
+
+    def _on_step(self) -> bool:
+        if self.n_calls % self.save_freq == 0:
+            self.write_after_step()
+        return True
+
+    def write_after_step(self) -> None:
+        """Write a checkpoint once all callbacks are done with the present step."""
+        self.model._defer(self._write)
+
+    def _write(self) -> None:
+        path = self.save_path / f"{self.name_prefix}_{self.num_timesteps}_steps.zip"
+        try:
+            self.model.save(path, full=True)
+            if self.save_replay_buffer and hasattr(self.model, "replay_buffer"):
+                self.model.save_replay_buffer(self._buffer_beside(path))
+        except OSError as error:
+            warnings.warn(f"the checkpoint of step {self.num_timesteps} was not written: {error}", stacklevel=2)
+            return
+        if self.verbose >= 2:
+            print(f"Saved a checkpoint: {path}")
+        self._written = [*(other for other in self._written if other != path), path]
+        if self.keep_last is not None:
+            for old in self._written[: -self.keep_last]:
+                old.unlink(missing_ok=True)
+                self._buffer_beside(old).unlink(missing_ok=True)
+            self._written = self._written[-self.keep_last :]
+
+    def _buffer_beside(self, path: Path) -> Path:
+        number = path.name.removeprefix(f"{self.name_prefix}_")
+        return path.with_name(f"{self.name_prefix}_replay_buffer_{number}")
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints in the folder, from the oldest to the newest."""
+        pattern = re.compile(rf"{re.escape(self.name_prefix)}_(\d+)_steps\.zip")
+        found = []
+        for path in self.save_path.glob("*.zip"):
+            if match := pattern.fullmatch(path.name):
+                # By the clock first: an earlier run may have left later steps in the folder.
+                found.append((path.stat().st_mtime_ns, int(match[1]), path))
+        return [path for *_, path in sorted(found)]
+
+    def restore(self, model: Any) -> dict[str, Any] | None:
+        """Bring a model to its newest checkpoint that can be read.
+
+        Returns:
+            What `checkpoint.continue_run` needs; None where there is no checkpoint, and the model is as it was.
+
+        Raises:
+            ArchiveError: There are checkpoints, but none that can be resumed from.
+            ValueError: The newest is not of this algorithm.
+        """
+        found = self.checkpoints()
+        for i in reversed(range(len(found))):
+            try:
+                run, remarks = checkpoint.restore(model, found[i])
+            except ArchiveError as error:
+                warnings.warn(f"a checkpoint cannot be resumed from, the one before is tried: {error}", stacklevel=2)
+                continue
+            for remark in remarks:
+                warnings.warn(remark, stacklevel=2)
+            self._written = found[: i + 1]
+            print(f"resumed from {found[i]}, at step {model.num_timesteps:,}")
+            return run
+        if found:
+            raise ArchiveError(
+                f"none of the {len(found)} checkpoints {self.name_prefix}_*_steps.zip in {self.save_path} can be "
+                "resumed from (the warnings say why); to begin anew, name another folder or prefix, or move them away"
+            )
+        return None
+
+
+def resume_run(model: Any, callback: BaseCallback, is_asked: bool) -> dict[str, Any] | None:
+    """Bring a model to the newest checkpoint of a run, if that is wanted.
+
+    Args:
+        model: In which to go on.
+        callback: What `learn` was given; a `CheckpointCallback` in it knows the folder.
+        is_asked: Whether `learn` was told to resume, rather than the callback.
+
+    Returns:
+        What `checkpoint.continue_run` needs; None for a run that begins.
+
+    Raises:
+        ValueError: There is no `CheckpointCallback`.
+    """
+    everywhere = [one for one in callback.everyone() if isinstance(one, CheckpointCallback)]
+    if is_asked and not everywhere:
+        raise ValueError(
+            "learn(resume=True) goes on from the newest checkpoint of a CheckpointCallback: pass one as callback"
+        )
+    for one in everywhere:
+        if is_asked or one.resume:
+            run = one.restore(model)
+            if run is not None:
+                return run
+            if is_asked:
+                print(f"nothing to resume in {one.save_path}: training begins at the beginning")
+    return None
