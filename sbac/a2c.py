@@ -16,6 +16,7 @@ from torch.nn import functional
 from sbac.base import BaseAlgorithm
 from sbac.buffers import RolloutBatch, RolloutBuffer
 from sbac.callbacks import MaybeCallback
+from sbac.construction import read_part
 from sbac.envs import EnvironmentLike, Environments
 from sbac.gae import explained_variance, gae
 from sbac.guards import require_constant, require_number, require_whole
@@ -50,7 +51,7 @@ class A2C(BaseAlgorithm):
         normalize_obs: Whether observations are normalised by their running mean and deviation.
         normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
         n_envs: How many environments to make from an id or a factory.
-        rollout_buffer_class: In place of `RolloutBuffer`.
+        rollout_buffer_class: Derived from `RolloutBuffer`, in its place.
         rollout_buffer_kwargs: Its further arguments.
         stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
         tensorboard_log: Folder for event files, or None.
@@ -87,7 +88,7 @@ class A2C(BaseAlgorithm):
         normalize_obs: bool = False,
         normalize_reward: bool = False,
         n_envs: int = 1,
-        rollout_buffer_class: type[RolloutBuffer] = RolloutBuffer,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: Mapping[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -121,8 +122,9 @@ class A2C(BaseAlgorithm):
         self.dropout = dropout
         self.normalize_obs = normalize_obs
         self.normalize_reward = normalize_reward
-        self.rollout_buffer_class = rollout_buffer_class
-        self.rollout_buffer_kwargs = dict(rollout_buffer_kwargs or {})
+        self.rollout_buffer_class, self.rollout_buffer_kwargs = read_part(
+            "rollout_buffer", RolloutBuffer, rollout_buffer_class, rollout_buffer_kwargs
+        )
         super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
 
         plain = {"layer_norm": layer_norm, "dropout": dropout}
@@ -139,7 +141,7 @@ class A2C(BaseAlgorithm):
             defaults |= {"eps": 1e-5}
         self.policy = self._make_policy(**network_kwargs)
         self.policy.set_optimizer(optimizer_class, self._now(learning_rate), optimizer_kwargs, **defaults)
-        self.rollout_buffer = rollout_buffer_class(
+        self.rollout_buffer = self.rollout_buffer_class(
             self.n_steps,
             self.observation_space,
             self.action_space,

@@ -21,7 +21,7 @@ from sbac import checkpoint
 from sbac.adapters import Step
 from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
 from sbac.construction import Constructed, LoadsEitherWay, argument_names
-from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments
+from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments, number_to_make
 from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
 from sbac.networks import Trainable
@@ -448,7 +448,7 @@ class BaseAlgorithm(metaclass=Constructed):
         Raises:
             ValueError: Spaces or number of environments differ.
         """
-        new = make_environments(env, 1 if isinstance(env, (list, tuple)) else self._n_to_make(env))
+        new = make_environments(env, number_to_make(env, self.n_envs))
         self.check_env(new)
         if new.num_envs != self.n_envs:
             raise ValueError(f"set_env: the model works with {self.n_envs} environments at once, got {new.num_envs}")
@@ -458,9 +458,6 @@ class BaseAlgorithm(metaclass=Constructed):
         self.env = new
         self._obs = None
         self._reset_count = -1
-
-    def _n_to_make(self, env: EnvironmentLike) -> int:
-        return self.n_envs if isinstance(env, str | type) or (callable(env) and not hasattr(env, "step")) else 1
 
     def check_env(self, env: Environments) -> None:
         """Refuse environments with other spaces than the model's.

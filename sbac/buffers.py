@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +12,10 @@ from torch import Tensor
 
 from sbac.adapters import Step
 from sbac.envs import Environments
-from sbac.guards import require_whole
+from sbac.guards import require_memory, require_whole
 from sbac.observations import MASK, carries_mask
+from sbac.stored import require_fit, require_ring
 from sbac.trees import Tree, copy_tree, leaves, rows, set_rows, space_tree, tree_like, tree_map
-
-LARGE = 2**30
-"""Bytes from which on a replay buffer says how large it is."""
 
 
 class RolloutBatch(NamedTuple):
@@ -286,7 +282,8 @@ class ReplayBuffer:
         self.buffer_size = self.n_rows * n_envs
 
         action_dim = int(np.prod(action_space.shape or ()))
-        self._require_memory(observation_space, action_dim)
+        one = [leaf for _, leaf in leaves(_empty_obs((), observation_space))]
+        require_memory(self.buffer_size, sum(leaf.nbytes for leaf in one) + 4 * action_dim + 4 + 1)
         shape = (self.n_rows, n_envs)
         self.obs = _empty_obs(shape, observation_space)
         self.action = np.empty((*shape, action_dim), np.float32)
@@ -438,12 +435,13 @@ class ReplayBuffer:
         """Hold what `get_state` returned.
 
         Raises:
-            ValueError: The arrays were made for other spaces, another number of environments or a larger buffer. The
-                buffer stays as it was.
+            ValueError: The arrays were made for other spaces, another number of environments or a larger buffer, or do
+                not fit together. The buffer stays as it was.
         """
         own = self._arrays()
         n_held = len(state["reward"])
         require_fit(self, own, state, n_held)
+        require_ring(self, state, (state["flags"] & CUT) > 0, self.obs)
         pos, after_index = int(state["pos"]), state["after_index"]
         newest = tree_like(self.obs, state, "newest") if n_held else None
         after = tree_like(self.obs, state, "after") if len(after_index) else None
@@ -488,36 +486,3 @@ class ReplayBuffer:
 
     def _tensors(self, tree: Tree) -> Tree:
         return tree_map(self._tensor, tree)
-
-    def _require_memory(self, observation_space: spaces.Space[Any], action_dim: int) -> None:
-        """Say how large a large buffer is, and refuse one that does not fit."""
-        one = [leaf for _, leaf in leaves(_empty_obs((), observation_space))]
-        per_transition = sum(leaf.nbytes for leaf in one) + 4 * action_dim + 4 + 1
-        needed = per_transition * self.buffer_size
-        if needed < LARGE:
-            return
-        size = f"{needed / 2**30:.1f} GiB ({self.buffer_size:,} transitions of {per_transition:,} bytes)"
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-        if needed > total:
-            raise MemoryError(
-                f"the replay buffer would take {size}, and this machine has {total / 2**30:.1f} GiB of memory: "
-                "choose a smaller buffer_size"
-            )
-        print(f"replay buffer: {size} when full, {free / 2**30:.1f} GiB of memory are free")
-
-
-def require_fit(buffer: object, own: dict[str, np.ndarray], state: dict[str, np.ndarray], n_rows: int) -> None:
-    """Refuse stored arrays that a buffer cannot hold.
-
-    Raises:
-        ValueError: Naming the first array that does not fit, and both shapes.
-    """
-    for name, array in own.items():
-        given = state[name]
-        if given.shape != (n_rows, *array.shape[1:]) or given.dtype != array.dtype or n_rows > len(array):
-            raise ValueError(
-                f"{type(buffer).__name__}: the stored {name} has shape {given.shape} and dtype {given.dtype}, which "
-                f"does not fit this buffer's {array.shape} and {array.dtype}: it was made with other spaces, another "
-                "number of environments or a larger buffer"
-            )

@@ -17,7 +17,7 @@ from torch import nn
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
-from sbac.envs import EnvironmentLike, Spaces, make_environments
+from sbac.envs import EnvironmentLike, Spaces, make_environments, number_to_make
 from sbac.observations import split_mask
 from sbac.tape import Recording
 from sbac.trees import leaves, space_tree, tree_like
@@ -103,8 +103,7 @@ def load(
         raise ArchiveError(f"{path}: config.json does not describe the model's spaces: {error}") from error
     made: Any = known
     if env is not None:
-        many = isinstance(env, str | type) or (callable(env) and not hasattr(env, "step"))
-        made = make_environments(env, known.n_envs if many else 1)
+        made = make_environments(env, number_to_make(env, known.n_envs))
         arguments["n_envs"] = made.num_envs
         for what in ("observation_space", "action_space"):
             if getattr(known, what) != getattr(made, what):

@@ -6,9 +6,11 @@ import functools
 import inspect
 from abc import ABCMeta
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from sbac.guards import nearest
+
+_Part = TypeVar("_Part")
 
 
 class Constructed(ABCMeta):
@@ -63,6 +65,36 @@ def argument_names(cls: type) -> list[str]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return list(names)
+
+
+def read_part(argument: str, base: type[_Part], given: object, kwargs: object) -> tuple[type[_Part], dict[str, Any]]:
+    """The class that a model is to use in place of one of its parts, and the further arguments for it.
+
+    Args:
+        argument: Name of the part, "replay_buffer", say: it is asked for by ``replay_buffer_class`` and
+            ``replay_buffer_kwargs``.
+        base: The part's usual class, all of whose arguments are given by the model.
+        given: A class derived from `base`, or None for `base`.
+        kwargs: A dict of arguments that the class has and `base` has not, or None.
+
+    Raises:
+        ValueError: It is no such class, or no such dict; names what was received and, of an argument, the nearest.
+    """
+    cls = base if given is None else given
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        what = f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else repr(cls)
+        raise ValueError(f"{argument}_class must be {base.__name__} or a class derived from it, not {what}")
+    if not (kwargs is None or isinstance(kwargs, Mapping)):
+        raise ValueError(f"{argument}_kwargs must be a dict of {cls.__name__}'s further arguments, not {kwargs!r}")
+    own = argument_names(base)
+    known = [name for name in argument_names(cls) if name not in own]
+    for name in kwargs or {}:
+        if name in own:
+            raise ValueError(f"{argument}_kwargs: {name!r} of {cls.__name__} is set by the model: leave it out")
+        if name not in known:
+            others = nearest(str(name), known) if known else "; it has none beyond those that the model sets"
+            raise ValueError(f"{argument}_kwargs: {cls.__name__} has no argument {name!r}{others}")
+    return cls, dict(kwargs or {})
 
 
 class LoadsEitherWay:

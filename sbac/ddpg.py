@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sbac.base import BaseAlgorithm
 from sbac.buffers import ReplayBatch, ReplayBuffer
 from sbac.callbacks import MaybeCallback
+from sbac.construction import read_part
 from sbac.deterministic import Actor, CnnDeterministicActorCritic, Critic, DeterministicActorCritic
 from sbac.envs import EnvironmentLike, Environments, Step
 from sbac.guards import read_train_freq, require_constant, require_number, require_whole
@@ -63,7 +64,7 @@ class DDPG(BaseAlgorithm):
         preset: "notes" (the defaults), or "stable-baselines3" (what that library calls DDPG). Arguments given beside it
             win.
         n_envs: How many environments to make from an id or a factory.
-        replay_buffer_class: In place of `ReplayBuffer`.
+        replay_buffer_class: Derived from `ReplayBuffer`, in its place.
         replay_buffer_kwargs: Its further arguments.
         stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
         tensorboard_log: Folder for event files, or None.
@@ -125,7 +126,7 @@ class DDPG(BaseAlgorithm):
         normalize_reward: bool = False,
         preset: str | None = None,
         n_envs: int = 1,
-        replay_buffer_class: type[ReplayBuffer] = ReplayBuffer,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: Mapping[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -171,8 +172,9 @@ class DDPG(BaseAlgorithm):
         self.normalize_obs = normalize_obs
         self.normalize_reward = normalize_reward
         self.preset = preset
-        self.replay_buffer_class = replay_buffer_class
-        self.replay_buffer_kwargs = dict(replay_buffer_kwargs or {})
+        self.replay_buffer_class, self.replay_buffer_kwargs = read_part(
+            "replay_buffer", ReplayBuffer, replay_buffer_class, replay_buffer_kwargs
+        )
         super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
 
         # Networks mu, Q and their targets mu', Q'.
@@ -189,7 +191,7 @@ class DDPG(BaseAlgorithm):
         self.critic.set_optimizer(optimizer_class, critic_rate, optimizer_kwargs, **critic_defaults)
 
         # Replay buffer R and exploration noise N.
-        self.replay_buffer = replay_buffer_class(
+        self.replay_buffer = self.replay_buffer_class(
             self.buffer_size,
             self.observation_space,
             self.action_space,

@@ -447,6 +447,12 @@ def make_environments(env: EnvironmentLike, n_envs: int = 1) -> Environments:
     )
 
 
+def number_to_make(env: EnvironmentLike, n_envs: int) -> int:
+    """What `make_environments` takes for `n_envs`: that number for an id, a function or a class, else 1."""
+    is_class = isinstance(env, type)
+    return n_envs if isinstance(env, str) or (callable(env) and (is_class or not hasattr(env, "step"))) else 1
+
+
 def _require_count(env: Any, num_envs: int, n_envs: int) -> None:
     if n_envs not in (1, num_envs):
         raise ValueError(f"n_envs={n_envs} does not fit: env already holds {num_envs} environments ({env!r})")

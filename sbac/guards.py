@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 
 import numpy as np
+
+LARGE = 2**30
+"""Bytes from which on a replay buffer says how large it is."""
 
 
 class EnvironmentFault(RuntimeError):
@@ -94,6 +98,26 @@ def require_whole(name: str, value: object, minimum: int) -> int:
     if number is None or number != int(number) or number < minimum:
         raise ValueError(f"{name} must be a whole number, at least {minimum}, not {value!r}")
     return int(number)
+
+
+def require_memory(n_transitions: int, bytes_each: int) -> None:
+    """Say how large a large replay buffer is, and refuse one that does not fit.
+
+    Raises:
+        MemoryError: It is larger than the memory of this machine.
+    """
+    needed = n_transitions * bytes_each
+    if needed < LARGE:
+        return
+    size = f"{needed / 2**30:.1f} GiB ({n_transitions:,} transitions of {bytes_each:,} bytes)"
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > total:
+        raise MemoryError(
+            f"the replay buffer would take {size}, and this machine has {total / 2**30:.1f} GiB of memory: "
+            "choose a smaller buffer_size"
+        )
+    print(f"replay buffer: {size} when full, {free / 2**30:.1f} GiB of memory are free")
 
 
 def read_train_freq(train_freq: object) -> tuple[int, str]:

@@ -199,6 +199,32 @@ class HerReplayBuffer(ReplayBuffer):
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**super()._arrays(), "reached": self.reached, "age": self.age, "left": self.left}
 
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Hold what `get_state` returned.
+
+        Raises:
+            ValueError: As of `ReplayBuffer`; or the state is that of another class, which does not know the episodes.
+                The buffer stays as it was.
+        """
+        missing = [name for name in ("reached", "age", "left") if name not in state]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__}: the state lacks {', '.join(missing)}: it was stored by another class of "
+                "buffer, which does not know what episodes achieved; give the model that class as replay_buffer_class, "
+                f"or store what a {type(self).__name__} holds"
+            )
+        n_held = max(len(state["reward"]), 1)
+        newer = (int(state["pos"]) - 1 - np.arange(len(state["reward"]))[:, None]) % n_held
+        age, left = state["age"], state["left"]
+        if age.shape == left.shape == state["reward"].shape and not (
+            (age >= 0).all() and ((left == RUNNING) | (left >= 0) & (left <= newer)).all()
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: the stored age and left count rows of an episode that are not there: the "
+                "state was not made by this buffer, or is damaged"
+            )
+        super().set_state(state)
+
     def _flat(self, array: np.ndarray) -> np.ndarray:
         return array.reshape(self.buffer_size, *array.shape[2:])
 

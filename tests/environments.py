@@ -214,3 +214,41 @@ class BareVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         ended = np.ones(2, bool)
         return np.ones((2, 1), np.float32), np.ones(2), ended, ~ended, {}
+
+
+class BitFlip(gymnasium.Env[Any, Any]):
+    """Flip bits, which are -1 or 1, until they are those of the goal, and leave them so until `n` steps are over.
+
+    Each action is n numbers; bits whose number is above 0.5 are flipped. -1 for each step that ends at other bits than
+    the goal's, else 0: of the 2^n states one is right, and nothing tells how near the others are (Andrychowicz et al.
+    2017, section 3.1, where one bit is flipped at a time).
+
+    Args:
+        n: How many bits.
+    """
+
+    def __init__(self, n: int = 8) -> None:
+        box = spaces.Box(-1, 1, (n,), np.float32)
+        self.observation_space = spaces.Dict({"observation": box, "achieved_goal": box, "desired_goal": box})
+        self.action_space = box
+        self.n = n
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.bits, self.goal = (np.float32(self.np_random.integers(2, size=self.n) * 2 - 1) for _ in range(2))
+        self.steps = 0
+        return self._obs(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        self.bits = np.where(action > 0.5, -self.bits, self.bits)
+        self.steps += 1
+        reward = float(self.compute_reward(self.bits, self.goal, {}))
+        return self._obs(), reward, False, self.steps == self.n, {"is_success": reward == 0}
+
+    def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
+        return np.where(np.any(achieved_goal != desired_goal, axis=-1), -1.0, 0.0)
+
+    def _obs(self) -> dict[str, np.ndarray]:
+        return {"observation": self.bits, "achieved_goal": self.bits, "desired_goal": self.goal}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer as PeerBuffer
 
 from sbac import A2C, DDPG, TD3, EnvironmentFault, NotFiniteError, evaluate_policy
+from sbac.buffers import ReplayBuffer
 from sbac.callbacks import CheckpointCallback, EvalCallback
 from sbac.envs import make_environments
+from sbac.hindsight import HerReplayBuffer
 from sbac.optimization import RMSpropTFLike
+from sbac.prioritized import PrioritizedReplayBuffer
 
 TINY = {"policy_kwargs": {"net_arch": [8]}, "seed": 0}
 OFF = {**TINY, "learning_starts": 8, "batch_size": 4, "buffer_size": 100}
@@ -125,6 +130,58 @@ def test_other_spaces_are_named_with_both_before_anything_runs(tmp_path: Path) -
 def test_each_bad_argument_is_named(cls: Any, env: str, arguments: dict[str, Any], part: str) -> None:
     with pytest.raises(ValueError, match=part):
         cls(**{"policy": "MlpPolicy", "env": env, **arguments})
+
+
+class Extended(ReplayBuffer):
+    def __init__(self, *args: Any, colour: str = "red", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.colour = colour
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"class": "HerReplayBuffer"}, "{0}_class must be {1} or a class derived from it, not 'HerReplayBuffer'"),
+        ({"class": dict}, "{0}_class must be {1} or a class derived from it, not builtins.dict"),
+        ({"class": PeerBuffer}, "not stable_baselines3.common.buffers.ReplayBuffer"),
+        ({"class": lambda *args, **kwargs: None}, "{0}_class must be {1} or a class derived from it, not <function"),
+        ({"kwargs": "n_envs=2"}, "{0}_kwargs must be a dict of {1}'s further arguments, not 'n_envs=2'"),
+        ({"kwargs": [("n_envs", 2)]}, "{0}_kwargs must be a dict"),
+        ({"kwargs": {"n_envs": 2}}, "{0}_kwargs: 'n_envs' of {1} is set by the model: leave it out"),
+        ({"kwargs": {"alpha": 1}}, "{1} has no argument 'alpha'; it has none beyond those that the model sets"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("cls", "env", "part", "base"),
+    [
+        (A2C, "CartPole-v1", "rollout_buffer", "RolloutBuffer"),
+        (DDPG, "Pendulum-v1", "replay_buffer", "ReplayBuffer"),
+        (TD3, "Pendulum-v1", "replay_buffer", "ReplayBuffer"),
+    ],
+)
+def test_a_wrong_buffer_is_named(
+    cls: Any, env: str, part: str, base: str, arguments: dict[str, Any], text: str
+) -> None:
+    given = {f"{part}_{name}": value for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=re.escape(text.format(part, base))):
+        cls("MlpPolicy", env, **given)
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_a_misspelt_argument_of_a_buffer_names_the_nearest(cls: Any) -> None:
+    def make(**arguments: Any) -> Any:
+        return cls("MlpPolicy", "Pendulum-v1", **OFF, **arguments)
+
+    with pytest.raises(ValueError, match="PrioritizedReplayBuffer has no argument 'betta'; did you mean 'beta'"):
+        make(replay_buffer_class=PrioritizedReplayBuffer, replay_buffer_kwargs={"betta": 0.5})
+    with pytest.raises(ValueError, match=r"HerReplayBuffer has no argument 'n_sample_goals'.*'n_sampled_goal'"):
+        make(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs={"n_sample_goals": 4})
+    with pytest.raises(ValueError, match="Extended has no argument 'color'; did you mean 'colour'"):
+        make(replay_buffer_class=Extended, replay_buffer_kwargs={"color": "blue"})
+    model = make(replay_buffer_class=Extended, replay_buffer_kwargs={"colour": "blue"})
+    assert model.replay_buffer.colour == "blue"
+    model = make(replay_buffer_class=None, replay_buffer_kwargs=None)
+    assert type(model.replay_buffer) is model.replay_buffer_class is ReplayBuffer
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

@@ -742,23 +742,38 @@ def test_saturation_is_the_share_of_the_newest_actions_at_a_bound() -> None:
 # Bytes.
 
 
-def test_bytes_of_a_transition_of_numbers() -> None:
-    """Observations in float32, once: 17 x 4 + 6 x 4 + 4 + 1 bytes. Stable-baselines3 stores both, in float64."""
-    space, actions = spaces.Box(-1, 1, (17,), np.float64), spaces.Box(-1, 1, (6,), np.float32)
-    buffer = ReplayBuffer(1_000, space, actions)
-    assert buffer.nbytes == 1_000 * (17 * 4 + 6 * 4 + 4 + 1)
-    peer = stable_baselines3.common.buffers.ReplayBuffer(1_000, space, actions, device="cpu")
-    peers = sum(array.nbytes for array in vars(peer).values() if isinstance(array, np.ndarray))
-    assert peers == 1_000 * (2 * 17 * 8 + 6 * 4 + 3 * 4)
-    assert buffer.nbytes <= 0.55 * peers
+@pytest.mark.parametrize(
+    ("shape", "dtype", "action_dim", "ours", "both", "peers"),
+    [
+        ((3,), np.float32, 1, 21, 33, 40),  # Pendulum
+        ((2,), np.float32, 1, 17, 25, 32),  # MountainCarContinuous
+        ((4,), np.float64, 1, 25, 41, 80),  # InvertedPendulum
+        ((17,), np.float64, 6, 97, 165, 308),  # HalfCheetah
+        ((105,), np.float64, 8, 457, 877, 1_724),  # Ant
+        ((84, 84, 4), np.uint8, 2, 28_237, 56_461, 56_468),  # images
+        ((11,), np.float32, 1, 53, 97, 104),  # the least at which 0.55 of `both` is reached
+    ],
+)
+def test_bytes_of_a_transition(
+    shape: tuple[int, ...], dtype: Any, action_dim: int, ours: int, both: int, peers: int
+) -> None:
+    """Beside one that stores both observations in the same dtypes, and stable-baselines3's, which keeps float64 too.
 
+    With o bytes of an observation and c = 4 action_dim + 5 of all else, o + c <= 0.55 (2 o + c) where o >= 4.5 c.
+    """
+    space, actions = spaces.Box(0, 1, shape, dtype), spaces.Box(-1, 1, (action_dim,), np.float32)
+    buffer = ReplayBuffer(20, space, actions, n_envs=4)
+    assert buffer.nbytes == 20 * ours
+    leaf = buffer.obs
+    assert isinstance(leaf, np.ndarray)
+    assert buffer.nbytes + leaf.nbytes == 20 * both
+    assert (ours <= 0.55 * both) == (leaf.nbytes / 20 >= 4.5 * (4 * action_dim + 5))
 
-def test_bytes_of_a_transition_of_images() -> None:
-    space = spaces.Box(0, 255, (84, 84, 4), np.uint8)
-    buffer = ReplayBuffer(400, space, ACTION, n_envs=4)
-    store_both = 400 * (2 * 84 * 84 * 4 + 2 * 4 + 4 + 1)
-    assert buffer.nbytes == store_both - 400 * 84 * 84 * 4
-    assert buffer.nbytes <= 0.55 * store_both
+    peer = stable_baselines3.common.buffers.ReplayBuffer(20, space, actions, device="cpu", n_envs=4)
+    arrays = {name: array for name, array in vars(peer).items() if isinstance(array, np.ndarray)}
+    assert {"observations", "next_observations", "actions", "rewards", "dones", "timeouts"} == arrays.keys()
+    assert sum(array.nbytes for array in arrays.values()) == 20 * peers
+    assert ours <= 0.55 * peers
 
 
 def test_the_table_of_successors_holds_one_observation_for_each_episode_and_no_more() -> None:
@@ -924,6 +939,50 @@ def test_a_state_without_its_arrays_is_refused_and_nothing_changed(missing: str)
     with pytest.raises(KeyError, match=missing):
         buffer.set_state(state)
     after = buffer.get_state()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def damaged(name: str, change: Callable[[np.ndarray], Any]) -> Callable[[], dict[str, np.ndarray]]:
+    def make() -> dict[str, np.ndarray]:
+        state = copied(replay(30, 3, 4, seed=1).get_state())
+        return {**state, name: np.asarray(change(state[name]))}
+
+    return make
+
+
+DAMAGED: dict[str, tuple[str, Callable[[], dict[str, np.ndarray]]]] = {
+    "pos beyond the rows": ("pos", damaged("pos", lambda pos: pos + 1)),
+    "pos below 0": ("pos", damaged("pos", lambda pos: pos * 0 - 1)),
+    "pos a float": ("pos", damaged("pos", lambda pos: pos + 0.5)),
+    "pos twice": ("pos", damaged("pos", lambda pos: [pos, pos])),
+    "a cut without a successor": ("after_index", damaged("after_index", lambda index: index[1:])),
+    "a successor without a cut": ("after_index", damaged("after_index", lambda index: [*index[1:], 11])),
+    "a place twice": ("after_index", damaged("after_index", lambda index: [*index[1:], index[1]])),
+    "a place out of range": ("after_index", damaged("after_index", lambda index: [*index[1:], 99])),
+    "places as floats": ("after_index", damaged("after_index", lambda index: index + 0.25)),
+    "places in a table": ("after_index", damaged("after_index", lambda index: index[None])),
+    "a flag that was lost": ("after_index", damaged("flags", lambda flags: flags * 0)),
+    "too few successors": ("after", damaged("after", lambda after: after[1:])),
+    "successors of another shape": ("after", damaged("after", lambda after: after[:, :1])),
+    "successors of another dtype": ("after", damaged("after", lambda after: after.astype(np.float64))),
+    "too few newest": ("newest", damaged("newest", lambda newest: newest[1:])),
+    "newest of another shape": ("newest", damaged("newest", lambda newest: newest[:, :1])),
+    "newest of another dtype": ("newest", damaged("newest", lambda newest: newest.astype(np.uint8))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_state_whose_parts_do_not_fit_together_is_refused_and_nothing_changed(damage: str) -> None:
+    buffer = replay(30, 3, 5)
+    buffer.set_state(copied(replay(30, 3, 4, seed=1).get_state()))  # the state itself is right
+    before = copied(buffer.get_state())
+    assert 2 <= len(before["after_index"]) < 12
+    assert 11 not in before["after_index"]
+    name, state = DAMAGED[damage]
+    with pytest.raises(ValueError, match=f"ReplayBuffer: the stored {name}, of shape .* should be .*damaged"):
+        buffer.set_state(state())
+    after = buffer.get_state()
+    assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
