@@ -23,6 +23,7 @@ from sbac.guards import require_constant, require_number, require_whole
 from sbac.observations import check_action_space, check_observation_space
 from sbac.optimization import RMSpropTFLike
 from sbac.policies import CnnActorCritic, StochasticActorCritic
+from sbac.recurrent import CnnRecurrentActorCritic, RecurrentActorCritic
 from sbac.schedules import FloatOrSchedule
 
 
@@ -33,7 +34,8 @@ class A2C(BaseAlgorithm):
 
     Args:
         policy: "MlpPolicy", "CnnPolicy" for images, "MultiInputPolicy" for Dict and Tuple observations, "auto", which
-            takes the one for the observations and says why, or a policy class.
+            takes the one for the observations and says why; each of the three with an LSTM: "MlpLstmPolicy",
+            "CnnLstmPolicy", "MultiInputLstmPolicy"; or a policy class.
         env: An id, an environment, a factory or a list of them, or a vector environment.
         learning_rate: Step size of the optimizer, above 0 (s).
         n_steps: Steps of each environment between two updates (t_max), at least 1.
@@ -65,6 +67,9 @@ class A2C(BaseAlgorithm):
         "MlpPolicy": StochasticActorCritic,
         "CnnPolicy": CnnActorCritic,
         "MultiInputPolicy": StochasticActorCritic,
+        "MlpLstmPolicy": RecurrentActorCritic,
+        "CnnLstmPolicy": CnnRecurrentActorCritic,
+        "MultiInputLstmPolicy": RecurrentActorCritic,
     }
     policy: StochasticActorCritic
 

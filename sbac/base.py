@@ -24,7 +24,7 @@ from sbac.construction import Constructed, LoadsEitherWay, argument_names
 from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments, number_to_make
 from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
-from sbac.networks import Trainable
+from sbac.networks import Trainable, describe
 from sbac.observations import as_batch
 from sbac.policies import choose_policy
 from sbac.resume import resume_run
@@ -285,6 +285,7 @@ class BaseAlgorithm(metaclass=Constructed):
         """Treat the running episodes of these environments as truncated: others have begun in their place."""
         self.episodes.running_return[indices] = 0
         self.episodes.running_length[indices] = 0
+        self.policy.cut_episodes(indices)
         for buffer in self._buffers().values():
             if hasattr(buffer, "cut"):
                 buffer.cut(indices)
@@ -415,7 +416,7 @@ class BaseAlgorithm(metaclass=Constructed):
 
         Args:
             observation: One observation, (*obs_shape), or a batch, (n, *obs_shape).
-            state: Of a recurrent policy; passed through by the others.
+            state: Of a recurrent policy: what the last call returned, or None; passed through by the others.
             episode_start: For recurrent policies: where an episode begins, (n,) bool.
             deterministic: The most probable action, or a draw. Drawing here changes nothing in training.
 
@@ -428,7 +429,7 @@ class BaseAlgorithm(metaclass=Constructed):
         """
         obs, single = as_batch(observation, self.observation_space)
         self.policy.set_training_mode(False)
-        action = self.policy.act(obs, deterministic, self._predict_generator)
+        action, state = self.policy.act_with_state(obs, state, episode_start, deterministic, self._predict_generator)
         native = self._codec.to_env(action)
         return (rows(native, 0) if single else native), state
 
@@ -618,6 +619,9 @@ class BaseAlgorithm(metaclass=Constructed):
             ValueError: It was made for other spaces or a larger buffer. The buffer is as before.
         """
         checkpoint.load_buffer(self, path)
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{describe(self.policy)}"
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.policy.parameters())

@@ -33,6 +33,9 @@ class BaseFeaturesExtractor(nn.Module):
         self.observation_space = observation_space
         self.features_dim = features_dim
 
+    def extra_repr(self) -> str:
+        return f"features_dim={self.features_dim}"
+
 
 class FlattenExtractor(BaseFeaturesExtractor):
     """Lays each observation flat, as `preprocess` gives it."""
@@ -190,10 +193,24 @@ def init_uniform(layer: nn.Linear, bound: float) -> None:
     layer.bias.uniform_(-bound, bound)
 
 
+def describe(network: nn.Module) -> str:
+    """The layers of a network, one a line: where each stands, what it is, and how many parameters it has."""
+    rows = []
+    for path, layer in network.named_modules():
+        if next(layer.children(), None) is None and path:
+            size = sum(parameter.numel() for parameter in layer.parameters())
+            rows.append((path, str(layer), f"{size:,}"))
+    loose = [(name, f"Parameter{tuple(p.shape)}", f"{p.numel():,}") for name, p in network.named_parameters("", False)]
+    rows = [*rows, *loose, ("total", "", f"{sum(parameter.numel() for parameter in network.parameters()):,}")]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(f"{path:<{widths[0]}}  {layer:<{widths[1]}}  {size:>{widths[2]}}" for path, layer, size in rows)
+
+
 # Layers that do the same in training and in evaluation. Any other, and any of a user's own, counts as one that may not.
 _MODELESS = (
     nn.Linear,
     nn.Conv2d,
+    nn.LSTMCell,
     nn.LayerNorm,
     nn.Flatten,
     nn.Identity,

@@ -175,6 +175,11 @@ class BasePolicy(nn.Module, ABC):
         if self.normalizer is not None:
             self.normalizer.begin_episodes()
 
+    def cut_episodes(self, indices: Sequence[int]) -> None:
+        """The environments of these numbers begin new episodes, although their old ones had not ended."""
+        if self.normalizer is not None and len(self.normalizer.running_return):
+            self.normalizer.running_return[list(indices)] = 0.0
+
     def observe(self, obs: Tree, step: Step, gamma: float) -> None:
         """Take note of a step of training.
 
@@ -202,6 +207,28 @@ class BasePolicy(nn.Module, ABC):
     @abstractmethod
     def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> Tree:
         """Actions (n, *action_shape), in the units of an algorithm, for observations (n, *obs_shape)."""
+
+    def act_with_state(
+        self,
+        obs: Tree,
+        state: Any,
+        episode_start: Any,
+        deterministic: bool,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tree, Any]:
+        """As `act`, outside of training, for policies that remember: with the state that the last call returned.
+
+        Args:
+            obs: (n, *obs_shape).
+            state: Of an earlier call; None begins anew.
+            episode_start: Where an episode begins, so that its state is forgotten, (n,) bool, or None.
+            deterministic: The most probable action, or a draw.
+            generator: Draws.
+
+        Returns:
+            Actions (n, *action_shape), and the state; that which was given where the policy has none.
+        """
+        return self.act(obs, deterministic, generator), state
 
     @abstractmethod
     def set_training_mode(self, mode: bool) -> None:
@@ -231,7 +258,8 @@ class BasePolicy(nn.Module, ABC):
         """
         obs, single = as_batch(observation, self.observation_space)
         self.set_training_mode(False)
-        native = self._codec.to_env(self.act(obs, deterministic, self._predict_generator))
+        action, state = self.act_with_state(obs, state, episode_start, deterministic, self._predict_generator)
+        native = self._codec.to_env(action)
         return (rows(native, 0) if single else native), state
 
     def obs_to_tensor(self, observation: Any) -> tuple[Tree, bool]:
@@ -313,7 +341,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         else:
             self.vf_features_extractor = make_extractor(*extractor_arguments)
 
-        features_dim = self.features_extractor.features_dim
+        features_dim = self._make_core(self.features_extractor.features_dim)
         self.policy_net = nn.Sequential(*create_mlp(features_dim, 0, pi_arch, activation_fn, layer_norm, dropout))
         self.value_net = nn.Sequential(*create_mlp(features_dim, 1, vf_arch, activation_fn, layer_norm, dropout))
         self.family = DistributionFamily(action_space, squash)
@@ -328,6 +356,10 @@ class StochasticActorCritic(Trainable, BasePolicy):
             init_orthogonal(self.value_net[-1], gain=1.0)
         self.to(device)
         self.flatten()
+
+    def _make_core(self, features_dim: int) -> int:
+        """Make what stands between the body and the networks behind it; returns how many features come out of it."""
+        return features_dim
 
     def begin_rollout(self) -> None:
         """Count in what was observed so far. Within a rollout, the policy that acts is the one that learns."""
@@ -351,12 +383,12 @@ class StochasticActorCritic(Trainable, BasePolicy):
     def get_distribution(self, obs: Tree) -> Distribution:
         """pi(.|s) for a batch of observations (B, *obs_shape)."""
         obs, mask = self._read(obs)
-        return self._distribution(self.policy_net(self.features_extractor(obs)), mask)
+        return self._distribution(self.policy_net(self._actor_features(obs)), mask)
 
     def predict_values(self, obs: Tree) -> Tensor:
         """V(s) for a batch of observations: (B,)."""
         obs, _ = self._read(obs)
-        return self.value_net(self.vf_features_extractor(obs)).squeeze(-1)
+        return self.value_net(self._critic_features(obs)).squeeze(-1)
 
     def evaluate_actions(self, obs: Tree, action: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss needs.
@@ -369,8 +401,8 @@ class StochasticActorCritic(Trainable, BasePolicy):
             V(s), log pi(a|s) and the entropy of pi(.|s), each (B,).
         """
         obs, mask = self._read(obs)
-        features = self.features_extractor(obs)
-        vf_features = features if self.share_features_extractor else self.vf_features_extractor(obs)
+        features = self._actor_features(obs)
+        vf_features = features if self.share_features_extractor else self._critic_features(obs)
         distribution = self._distribution(self.policy_net(features), mask)
         value = self.value_net(vf_features).squeeze(-1)
         return value, distribution.log_prob(self.family.flat(action)), distribution.entropy()
@@ -388,6 +420,12 @@ class StochasticActorCritic(Trainable, BasePolicy):
         distribution = self.get_distribution(obs)
         action = distribution.mode() if deterministic else distribution.sample(generator)
         return action, self.predict_values(obs), distribution.log_prob(action)
+
+    def _actor_features(self, obs: Tree) -> Tensor:
+        return self.features_extractor(obs)
+
+    def _critic_features(self, obs: Tree) -> Tensor:
+        return self.vf_features_extractor(obs)
 
     def _read(self, obs: Tree) -> tuple[Tree, Tensor | None]:
         """Observations as the bodies read them, and the mask of allowed actions that came with them."""
