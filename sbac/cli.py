@@ -6,11 +6,10 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,11 +18,12 @@ import numpy as np
 
 import sbac
 from sbac.base import BaseAlgorithm
-from sbac.callbacks import BaseCallback, EvalCallback
-from sbac.codec import encode
+from sbac.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from sbac.codec import decode, encode
 from sbac.envs import make_environments
 from sbac.evaluation import evaluate_policy
 from sbac.guards import EnvironmentFault, NotFiniteError, require_whole
+from sbac.interruption import Interruption, interruption
 from sbac.loading import ALGORITHMS, algorithm, inspect, load
 from sbac.logger import configure
 from sbac.plotting import plot_learning_curve
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: As typed after ``sbac``; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 (training failed, its model is saved), 2 (bad input), 130 (interrupted).
+        The exit code: 0, 1 (training failed, its model is saved), 2 (bad input), 130 or 143 (interrupted by
+        Ctrl-C or SIGTERM).
     """
     options = _parser().parse_args(arguments)
     with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
@@ -62,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (EnvironmentFault, NotFiniteError) as error:
             print(f"sbac {options.name}: {error}", file=sys.stderr)
             code = 1
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print(f"sbac {options.name}: interrupted", file=sys.stderr)
-            code = 130
+            code = error.args[0] if error.args else 130
         sys.stdout.flush()
         return code
 
@@ -123,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         "--eval-freq", type=int, help="transitions between evaluations; 0: none (default: a twentieth of the steps)"
     )
     train.add_argument("--eval-episodes", type=int, default=10, help="episodes of each evaluation (default 10)")
+    train.add_argument(
+        "--checkpoint-freq",
+        type=int,
+        help="transitions between checkpoints, the last two are kept; 0: none (default: a twentieth of the steps)",
+    )
+    train.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on in the folder of a run, from its newest checkpoint"
+    )
     train.add_argument("--device", default="auto", help="cpu, cuda, ... (default auto)")
     train.add_argument("--no-recipe", action="store_true", help="leave the tuned values aside")
     train.add_argument("--verbose", action="store_true", help="print the table of the log as it grows")
@@ -162,24 +171,36 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     # Everything is checked before the folder is made.
+    begun = None if options.resume is None else _begun(options)
     cls = algorithm(options.algorithm)
     options.env = registered_id(options.env)
-    arguments, remark = _hyperparameters(options)
+    arguments, remark = _hyperparameters(options) if begun is None else (begun, "")
     recommended = arguments.pop("n_timesteps", DEFAULT_STEPS)
     steps = require_whole("--steps", recommended if options.steps is None else options.steps, 1)
-    eval_freq = require_whole("--eval-freq", max(steps // 20, 1) if options.eval_freq is None else options.eval_freq, 0)
+    twentieth = max(steps // 20, 1)
+    eval_freq = require_whole("--eval-freq", twentieth if options.eval_freq is None else options.eval_freq, 0)
     n_eval_episodes = require_whole("--eval-episodes", options.eval_episodes, 1)
+    save_freq = twentieth if options.checkpoint_freq is None else options.checkpoint_freq
+    save_freq = require_whole("--checkpoint-freq", save_freq, 0)
     model = cls(options.policy, options.env, seed=options.seed, device=options.device, **arguments)
 
-    with _interruption() as interruption:
-        folder = _new_folder(options.out, cls.__name__, options.env)
+    with interruption() as stop:
+        folder = options.resume or _new_folder(options.out, cls.__name__, options.env)
         told = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}")
         print("hyperparameters:", "; ".join(filter(None, (told, remark))) or "none but the defaults")
         print(f"folder: {folder}")
-        _write_config(folder, model, options.env, steps, arguments)
-        model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
-        callbacks: list[BaseCallback] = [interruption]
+        frequencies = {"eval_freq": eval_freq, "eval_episodes": n_eval_episodes, "checkpoint_freq": save_freq}
+        _write_config(folder, model, options, {"steps": steps, **frequencies, "arguments": encode(arguments)[0]})
+        # After each step: evaluate, checkpoint, stop.
+        callbacks: list[BaseCallback] = [stop]
+        stop.checkpoints = CheckpointCallback(
+            max(save_freq // model.n_envs, 1) if save_freq else sys.maxsize,
+            folder / "checkpoints",
+            "model",
+            keep_last=2,
+        )
+        callbacks.insert(0, stop.checkpoints)
         if eval_freq:
             evaluation = EvalCallback(
                 options.env,
@@ -190,11 +211,16 @@ def _train(options: argparse.Namespace) -> int:
                 verbose=0,
             )
             callbacks.insert(0, evaluation)
+        if begun is not None and not stop.checkpoints.checkpoints():
+            # The run begins at its beginning, and so does what it leaves.
+            for left in (*folder.glob("progress.csv"), *folder.glob("evaluations.npz"), *folder.glob("events.out*")):
+                left.unlink()
+        model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
 
-        code = _learn(model, steps, callbacks, interruption, folder / "model.zip")
+        code = _learn(model, steps, callbacks, stop, folder, resume=begun is not None)
         model.logger.close()
         try:
-            if not interruption.at_once and (folder / "progress.csv").exists():
+            if not stop.at_once and (folder / "progress.csv").exists():
                 plot_learning_curve(folder, folder / "learning_curve.png")
             if code == 0:
                 mean, deviation = evaluate_policy(model, options.env, n_eval_episodes=20, seed=options.seed + 1)
@@ -202,31 +228,61 @@ def _train(options: argparse.Namespace) -> int:
                 print(f"see it: sbac watch {folder}    its curve: {folder / 'learning_curve.png'}")
         except KeyboardInterrupt:
             print(f"interrupted; the model is in {folder / 'model.zip'}")
-            code = 130
+            code = stop.code
     return code
 
 
+def _begun(options: argparse.Namespace) -> dict[str, Any]:
+    """Take over the options with which a run was begun; returns the arguments of its algorithm."""
+    begun_with = vars(_parser().parse_args(["train"]))
+    free = ("resume", "steps", "device", "verbose")
+    given = [name for name, value in vars(options).items() if name not in free and value != begun_with[name]]
+    if given:
+        raise ValueError(
+            f"--resume goes on with what the run was begun with; only --steps, --device and --verbose can be given "
+            f"beside it, not {', '.join(given)}"
+        )
+    path = options.resume / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("algorithm", "env", "seed"):
+            setattr(options, name, config[name])
+        options.steps = config["steps"] if options.steps is None else options.steps
+        for name in ("policy", "eval_freq", "eval_episodes", "checkpoint_freq"):
+            setattr(options, name, config.get(name, getattr(options, name)))
+        return dict(decode(config["arguments"]))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"--resume {options.resume}: no {path.name} in it: is it the folder of a run?"
+        ) from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"--resume {options.resume}: config.json does not describe a run: {error!r}") from error
+
+
 def _learn(
-    model: BaseAlgorithm, steps: int, callbacks: list[BaseCallback], interruption: _Interruption, file: Path
+    model: BaseAlgorithm, steps: int, callbacks: list[BaseCallback], stop: Interruption, folder: Path, resume: bool
 ) -> int:
     """Train and save the model, whatever ended the training; returns the exit code."""
     code = 0
+    file = folder / "model.zip"
     try:
         try:
-            model.learn(steps, callback=callbacks, progress_bar=True)
+            model.learn(steps, callback=callbacks, progress_bar=True, resume=resume)
         except (EnvironmentFault, NotFiniteError, OSError, MemoryError) as error:
             print(f"sbac train: {str(error) or 'out of memory'}", file=sys.stderr)
             code = 1
-        interruption.phase = "saving"  # here already, so that nothing can come between
+        stop.phase = "saving"  # here already, so that nothing can come between
     except KeyboardInterrupt:
-        interruption.at_once = True
+        stop.at_once = True
     finally:
-        interruption.phase = "saving"  # after errors of other kinds too
-        model.save(file, full=True)
-        interruption.phase = "saved"
-    if interruption.asked:
+        stop.phase = "saving"  # after errors of other kinds too
+        model.save(file, full=not stop.at_once)
+        stop.phase = "saved"
+    if stop.signal is not None:
         print(f"stopped at step {model.num_timesteps:,}; the model is in {file}")
-        return 130
+        if stop.checkpoints is not None and stop.checkpoints.checkpoints():
+            print(f"go on: sbac train --resume {folder}")
+        return stop.code
     if code:
         print(f"the model of step {model.num_timesteps:,} is in {file}", file=sys.stderr)
     return code
@@ -299,61 +355,18 @@ def _new_folder(wanted: Path | None, name: str, env_id: str) -> Path:
     return folder
 
 
-def _write_config(folder: Path, model: BaseAlgorithm, env_id: str, steps: int, arguments: dict[str, Any]) -> None:
+def _write_config(folder: Path, model: BaseAlgorithm, options: argparse.Namespace, more: dict[str, Any]) -> None:
     config = {
         "algorithm": type(model).__name__,
-        "env": env_id,
+        "env": options.env,
+        "policy": options.policy,
         "seed": model.seed,
-        "steps": steps,
-        "arguments": encode(arguments)[0],
+        **more,
         "sbac": sbac.__version__,
     }
-    with (folder / "config.json").open("x", encoding="utf-8") as file:
+    # A run that is resumed replaces its own.
+    with (folder / "config.json").open("x" if options.resume is None else "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2) + "\n")
-
-
-class _Interruption(BaseCallback):
-    """What Ctrl-C does to a training: a first one stops it at the next step, a second one at once.
-
-    Attributes:
-        asked: Whether Ctrl-C was pressed.
-        at_once: Whether it cut the training off in the midst of a step.
-        phase: "learning", "saving" (which nothing interrupts) or "saved" (the rest may be cut off).
-    """
-
-    asked = at_once = False
-    phase = "learning"
-
-    def press(self, *_: object) -> None:
-        """Handle the signal. May come in the midst of a print, so that it writes past Python's streams."""
-        asked_before, self.asked = self.asked, True
-        if self.phase == "saving":
-            self._say("saving the model first")
-        elif self.phase == "learning" and not asked_before:
-            self._say("stopping at the next step, then saving the model (again: at once)")
-        else:
-            if self.phase == "learning":
-                self.phase = "saving"  # a third one must not keep the model from being saved
-            raise KeyboardInterrupt
-
-    def _say(self, text: str) -> None:
-        beside_the_bar = "\n" if os.isatty(2) else ""
-        with suppress(OSError):
-            os.write(2, f"{beside_the_bar}{text}\n".encode())
-
-    def _on_step(self) -> bool:
-        return not self.asked
-
-
-@contextmanager
-def _interruption() -> Iterator[_Interruption]:
-    """While it lasts, Ctrl-C is handled by what it yields."""
-    interruption = _Interruption()
-    before = signal.signal(signal.SIGINT, interruption.press)
-    try:
-        yield interruption
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # Eval, watch, plot, inspect.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
 from PIL import Image
 
 from sbac import A2C, load
@@ -220,10 +224,10 @@ def test_set_changes_one_entry_of_a_recipes_table(folder: Path, capsys: pytest.C
 
 
 def test_an_existing_folder_is_not_touched(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.rglob("*.*")}
     assert main(["train", "--steps", "50", "--out", "run"]) == 2
     assert "--out run exists already" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.rglob("*.*")} == before
 
 
 def test_eval_reads_the_best_model_of_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,7 +379,7 @@ def test_nothing_interrupts_saving(
         save(*arguments, **keywords)
 
     monkeypatch.setattr(A2C, "save", pressed)
-    assert main([*PRESSING, "--eval-freq", "0"]) == 130
+    assert main([*PRESSING, "--eval-freq", "0", "--checkpoint-freq", "0"]) == 130
     printed, errors = capfd.readouterr()
     assert errors.splitlines() == ["saving the model first"] * 2
     assert "the model is in run/model.zip" in printed
@@ -410,6 +414,77 @@ def test_ctrl_c_ends_the_other_commands_with_one_line(
         assert capfd.readouterr() == ("", f"sbac {words.split()[0]}: interrupted\n")
 
 
+def rows(folder: Path) -> list[str]:
+    """The rows of the log without the columns that tell the time."""
+    with (folder / "progress.csv").open() as file:
+        return [
+            str({name: cell for name, cell in row.items() if name not in ("time/fps", "time/time_elapsed")})
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_is_resumed_as_if_it_had_never_stopped(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    words = "train a2c CartPole-v1 --steps 700 --n-envs 2 --eval-freq 100 --eval-episodes 1".split()
+    assert main([*words, "--out", "whole"]) == 0
+    steps = itertools.count(1)
+    step = CartPoleEnv.step
+
+    def stepping(env: CartPoleEnv, action: Any) -> Any:
+        if next(steps) == 555:  # of training and evaluations together
+            signal.raise_signal(number)
+        return step(env, action)
+
+    monkeypatch.setattr(CartPoleEnv, "step", stepping)
+    assert main([*words, "--out", "stopped"]) == code
+    stopped_at = load("stopped/model.zip").num_timesteps
+    assert 0 < stopped_at < 700
+    assert "go on: sbac train --resume stopped" in capfd.readouterr().out
+    assert {path.name for path in Path("stopped/checkpoints").iterdir()} >= {f"model_{stopped_at}_steps.zip"}
+    assert main("train --resume stopped".split()) == 0
+    assert f"at step {stopped_at}" in capfd.readouterr().out
+
+    whole, stopped = load("whole/model.zip"), load("stopped/model.zip")
+    assert stopped.num_timesteps == 700
+    assert torch.equal(whole.policy.flat, stopped.policy.flat)
+    assert rows(Path("whole")) == rows(Path("stopped"))
+    ours, theirs = dict(np.load("whole/evaluations.npz")), dict(np.load("stopped/evaluations.npz"))
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert json.loads(Path("whole/config.json").read_text()) == json.loads(Path("stopped/config.json").read_text())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_finished_run_goes_on_with_more_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main("train --resume run --steps 2400 --device cpu".split()) == 0
+    assert "resumed from run/checkpoints/model_" in capsys.readouterr().out
+    assert load("run/model.zip").num_timesteps == 2400
+    assert json.loads((run / "config.json").read_text())["steps"] == 2400
+
+
+def test_a_run_without_checkpoints_is_resumed_from_its_beginning(run: Path) -> None:
+    before = rows(run), load("run/model.zip").policy.flat
+    shutil.rmtree(run / "checkpoints")
+    assert main("train --resume run".split()) == 0
+    assert rows(run) == before[0], "what was there is not continued but replaced"
+    assert torch.equal(load("run/model.zip").policy.flat, before[1])
+
+
+def test_resume_takes_no_other_options_and_needs_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        ("--resume run --seed 3", "only --steps, --device and --verbose can be given beside it, not seed"),
+        ("td3 Pendulum-v1 --resume run", "not algorithm, env"),
+        ("--resume other", "no config.json in it: is it the folder of a run?"),
+    ):
+        assert main(["train", *words.split()]) == 2
+        assert message in capsys.readouterr().err
+    (run / "config.json").write_text("{}")
+    assert main("train --resume run".split()) == 2
+    assert "does not describe a run: KeyError('algorithm')" in capsys.readouterr().err
+
+
 def _process(*words: str, **keywords: Any) -> subprocess.Popen[str]:
     own = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment = {**os.environ, **own}
@@ -425,6 +500,22 @@ def test_ctrl_c_in_a_process_leaves_no_traceback(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    load("run/model.zip")
+
+
+def test_a_second_sigterm_ends_the_process_at_once(folder: Path) -> None:
+    words = "train ddpg Pendulum-v1 --steps 10000000 --out run --eval-freq 1 --eval-episodes 1000000".split()
+    process = _process(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    while not Path("run/checkpoints").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)  # during an evaluation that takes for ever
+    while "again: at once" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, printed
     assert "Traceback" not in printed
     load("run/model.zip")
 
