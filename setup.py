@@ -12,6 +12,7 @@ assert VERSION is not None, "sbac/__init__.py states no __version__"
 EXTRAS = {
     "mujoco": ["gymnasium[mujoco]>=1.1"],
     "box2d": ["gymnasium[box2d]>=1.1"],
+    "atari": ["ale-py>=0.10", "opencv-python-headless>=4.8"],
     "video": ["gymnasium[other]>=1.1", "moviepy>=2.0"],
     "envpool": ["envpool>=1.0"],
     "peers": ["stable-baselines3>=2.4"],
@@ -23,6 +24,8 @@ EXTRAS = {
         "moviepy>=2.0",
         "minari>=0.5",
         "h5py>=3.10",
+        "ale-py>=0.10",
+        "opencv-python-headless>=4.8",
         "envpool>=1.0; platform_system == 'Linux'",
         "ruff>=0.6",
         "mypy>=1.11",
