@@ -20,7 +20,8 @@ def make_atari(
     """An Atari game as it is learned from (Mnih et al. 2015, "Human-level control", Methods).
 
     Up to 30 idle steps at the start, every fourth frame, the larger of the last two, in grey and 84 x 84 pixels, the
-    last four in a row. To measure a policy by the game's own score, leave `terminal_on_life_loss` and `clip_reward` out.
+    last four in a row. To measure a policy by the game's own score, set `terminal_on_life_loss` and `clip_reward` to
+    False.
 
     Args:
         env_id: Such as "ALE/Pong-v5".
