@@ -36,7 +36,7 @@ EXTRAS = {
 setup(
     name="sbac",
     version=VERSION[1],
-    description="Actor-critic reinforcement learning in PyTorch: A2C and DDPG, exact, fast and readable.",
+    description="Actor-critic reinforcement learning in PyTorch: A2C, A3C, DDPG and TD3, exact, fast and readable.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

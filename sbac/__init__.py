@@ -5,10 +5,11 @@
 """
 
 from sbac.a2c import A2C
+from sbac.a3c import A3C
 from sbac.archive import ArchiveError
 from sbac.ddpg import DDPG
 from sbac.evaluation import evaluate_policy
-from sbac.guards import EnvironmentFault, NotFiniteError
+from sbac.guards import EnvironmentFault, NotFiniteError, WorkerFault
 from sbac.loading import inspect, load
 from sbac.td3 import TD3
 
@@ -16,11 +17,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "A2C",
+    "A3C",
     "DDPG",
     "TD3",
     "ArchiveError",
     "EnvironmentFault",
     "NotFiniteError",
+    "WorkerFault",
     "evaluate_policy",
     "inspect",
     "load",

@@ -95,7 +95,7 @@ class BaseAlgorithm(metaclass=Constructed):
             self.env = None  # type: ignore[assignment]
             self.observation_space, self.action_space, self.n_envs = env
         else:
-            self.env = make_environments(env, n_envs)
+            self.env = self.open_environments(env, n_envs)
             self.observation_space = self.env.observation_space
             self.action_space = self.env.action_space
             self.n_envs = self.env.num_envs
@@ -435,6 +435,11 @@ class BaseAlgorithm(metaclass=Constructed):
 
     # Environments.
 
+    @classmethod
+    def open_environments(cls, env: EnvironmentLike, n_envs: int) -> Environments:
+        """What the algorithm learns in, from whatever a user has; as `sbac.envs.make_environments`."""
+        return make_environments(env, n_envs)
+
     def get_env(self) -> Any:
         """The vector environment that the model learns in, or None."""
         return None if self.env is None else self.env.env
@@ -449,7 +454,7 @@ class BaseAlgorithm(metaclass=Constructed):
         Raises:
             ValueError: Spaces or number of environments differ.
         """
-        new = make_environments(env, number_to_make(env, self.n_envs))
+        new = self.open_environments(env, number_to_make(env, self.n_envs))
         self.check_env(new)
         if new.num_envs != self.n_envs:
             raise ValueError(f"set_env: the model works with {self.n_envs} environments at once, got {new.num_envs}")

@@ -17,7 +17,7 @@ from torch import nn
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
-from sbac.envs import EnvironmentLike, Spaces, make_environments, number_to_make
+from sbac.envs import EnvironmentLike, Spaces, number_to_make
 from sbac.observations import split_mask
 from sbac.tape import Recording
 from sbac.trees import leaves, space_tree, tree_like
@@ -36,6 +36,7 @@ COUNTERS = (
     "_steps_since",
     "_transitions_since",
     "_n_transitions",
+    "_n_launches",
 )
 
 
@@ -54,7 +55,7 @@ def save(
 
     config, objects = encode(
         {
-            "arguments": _arguments(model),
+            "arguments": arguments(model),
             "observation_space": model.observation_space,
             "action_space": model.action_space,
             "env_id": None if model.env is None else model.env.env_id,
@@ -94,24 +95,24 @@ def load(
     if print_system_info:
         print("Saved with: " + ", ".join(f"{name} {version}" for name, version in file.meta["versions"].items()))
 
-    arguments = _decode_arguments(file, cls, overrides)
+    given = _decode_arguments(file, cls, overrides)
     try:
         known = Spaces(
-            decode(file.config["observation_space"]), decode(file.config["action_space"]), int(arguments["n_envs"])
+            decode(file.config["observation_space"]), decode(file.config["action_space"]), int(given["n_envs"])
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArchiveError(f"{path}: config.json does not describe the model's spaces: {error}") from error
     made: Any = known
     if env is not None:
-        made = make_environments(env, number_to_make(env, known.n_envs))
-        arguments["n_envs"] = made.num_envs
+        made = cls.open_environments(env, number_to_make(env, known.n_envs))
+        given["n_envs"] = made.num_envs
         for what in ("observation_space", "action_space"):
             if getattr(known, what) != getattr(made, what):
                 raise ValueError(
                     f"the environment has another {what.replace('_', ' ')} than the model in {path}: the model was "
                     f"made for {getattr(known, what)}, the environment has {getattr(made, what)}"
                 )
-    model = cls(env=made, device=device, **arguments)
+    model = cls(env=made, device=device, **given)
     for remark in _restore(model, file, path):
         warnings.warn(remark, stacklevel=3)
     return model
@@ -168,7 +169,7 @@ def continue_run(model: Any, run: Mapping[str, Any]) -> None:
 
 
 def _changed_arguments(model: Any, file: Archive) -> list[str]:
-    now, then = encode(_arguments(model))[0], file.config.get("arguments", {})
+    now, then = encode(arguments(model))[0], file.config.get("arguments", {})
     changed = [name for name in now if name in then and now[name] != then[name]]
     if not changed:
         return []
@@ -235,7 +236,7 @@ def _replay_buffer(model: Any) -> Any:
     return model.replay_buffer
 
 
-def _arguments(model: BaseAlgorithm) -> dict[str, Any]:
+def arguments(model: BaseAlgorithm) -> dict[str, Any]:
     """The constructor's arguments as the model's attributes hold them now."""
     names = [name for name in argument_names(type(model)) if name not in ("env", "device", *model._shorthands)]
     return {name: model._policy_argument if name == "policy" else getattr(model, name) for name in names}

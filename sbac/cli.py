@@ -22,7 +22,7 @@ from sbac.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from sbac.codec import decode, encode
 from sbac.envs import make_environments
 from sbac.evaluation import evaluate_policy
-from sbac.guards import EnvironmentFault, NotFiniteError, require_whole
+from sbac.guards import EnvironmentFault, NotFiniteError, WorkerFault, require_whole
 from sbac.interruption import Interruption, interruption
 from sbac.loading import ALGORITHMS, algorithm, inspect, load
 from sbac.logger import configure
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
             print(f"sbac {options.name}: {str(error) or 'out of memory'}", file=sys.stderr)
             code = 2
-        except (EnvironmentFault, NotFiniteError) as error:
+        except (EnvironmentFault, NotFiniteError, WorkerFault) as error:
             print(f"sbac {options.name}: {error}", file=sys.stderr)
             code = 1
         except KeyboardInterrupt as error:
@@ -268,7 +268,7 @@ def _learn(
     try:
         try:
             model.learn(steps, callback=callbacks, progress_bar=True, resume=resume)
-        except (EnvironmentFault, NotFiniteError, OSError, MemoryError) as error:
+        except (EnvironmentFault, NotFiniteError, WorkerFault, OSError, MemoryError) as error:
             print(f"sbac train: {str(error) or 'out of memory'}", file=sys.stderr)
             code = 1
         stop.phase = "saving"  # here already, so that nothing can come between

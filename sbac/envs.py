@@ -148,6 +148,8 @@ class Environments:
         self._step_count = 0
         try:
             obs = self._adapter.reset(seed)
+        except EnvironmentFault:
+            raise  # as it is, with what caused it
         except Exception as error:
             raise self._fault("reset", error) from error
         self._check_obs(obs, "reset")
@@ -176,6 +178,8 @@ class Environments:
         where = f"step {self._step_count}"
         try:
             step = self._adapter.step(action)
+        except EnvironmentFault:
+            raise
         except Exception as error:
             raise self._fault(where, error) from error
         self._check_obs(step.obs, where)
@@ -291,8 +295,6 @@ class Environments:
                 )
 
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
-        if isinstance(error, EnvironmentFault):
-            return error
         who = f"the vector environment {self.env!r}"
         base = getattr(self.env, "unwrapped", self.env)
         if isinstance(base, AsyncVectorEnv):

@@ -17,6 +17,10 @@ class EnvironmentFault(RuntimeError):
     """An environment raised, died, or sent something that its spaces do not allow."""
 
 
+class WorkerFault(RuntimeError):
+    """Worker processes failed more often than they may be replaced."""
+
+
 class NotFiniteError(FloatingPointError):
     """NaN or infinity in an observation, a reward, an action, a loss or a gradient."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from sbac.a2c import A2C
+from sbac.a3c import A3C
 from sbac.archive import ArchiveError, inspect_archive
 from sbac.base import BaseAlgorithm, PathLike
 from sbac.ddpg import DDPG
 from sbac.guards import nearest
 from sbac.td3 import TD3
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"a2c": A2C, "ddpg": DDPG, "td3": TD3}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"a2c": A2C, "a3c": A3C, "ddpg": DDPG, "td3": TD3}
 
 
 def algorithm(name: str) -> type[BaseAlgorithm]:

@@ -16,6 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.guards import NotFiniteError
+from sbac.optimization import initial_state
 from sbac.preprocessing import flat_dim, is_image_space
 from sbac.trees import Tree, leaves, space_tree
 
@@ -280,6 +281,11 @@ class Trainable(nn.Module):
                 )
 
         flat.copy_(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves]))
+        self._bind()
+
+    def _bind(self) -> None:
+        """Make the leaves views of `flat`, whose values they take over."""
+        flat = self.flat.detach()
         self._before = flat.clone()
         self._gradient = self.flat.grad = torch.zeros_like(flat)
         self._layout: list[tuple[nn.Parameter, Tensor, int, bool]] = []
@@ -455,3 +461,51 @@ class Trainable(nn.Module):
         self.flat.data.lerp_(source.flat.data, tau)
         for own, other in zip(self._buffer_list, source._buffer_list, strict=True):
             own.copy_(other)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that a network in training consists of: ``flat``, what is frozen, buffers, the optimizer's statistics.
+
+        Raises:
+            ValueError: The optimizer does not keep its statistics in the same tensors from step to step.
+        """
+        self._lay_if_moved()
+        if not self.optimizer.state.get(self.flat):
+            self.optimizer.state[self.flat] = initial_state(self.optimizer)
+        statistics = self.optimizer.state[self.flat]
+        return {
+            "flat": self.flat.data,
+            **{f"frozen/{index}": parameter.data for index, parameter in enumerate(self._left_out)},
+            **{f"buffer/{index}": buffer for index, buffer in enumerate(self._buffer_list)},
+            **{f"optimizer/{name}": value for name, value in statistics.items() if isinstance(value, Tensor)},
+        }
+
+    def live_in(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be made of the given tensors from now on, with their values.
+
+        Args:
+            tensors: Of the names, shapes and dtypes of `state_tensors`; in shared memory, say.
+        """
+        self.flat.data = tensors["flat"]
+        self._bind()
+        for index, parameter in enumerate(self._left_out):
+            parameter.data = tensors[f"frozen/{index}"]
+        for index, buffer in enumerate(self._buffer_list):
+            buffer.data = tensors[f"buffer/{index}"]
+        statistics = self.optimizer.state[self.flat] = initial_state(self.optimizer)
+        statistics.update({name: tensors[f"optimizer/{name}"] for name in statistics if f"optimizer/{name}" in tensors})
+
+    @torch.no_grad()
+    def step_along(self, other: Trainable) -> None:
+        """`step` along the gradient that a network of the same form computed, and take in its buffers.
+
+        Raises:
+            NotFiniteError: As `step`.
+        """
+        self._gradient.copy_(other._gradient)
+        self.step()
+        self.take_in_buffers(other)
+
+    def take_in_buffers(self, other: Trainable) -> None:
+        """Copy the buffers of a network of the same form that has seen other data."""
+        for own, theirs in zip(self._buffer_list, other._buffer_list, strict=True):
+            own.copy_(theirs)

@@ -123,6 +123,19 @@ class Normalizer(nn.Module):
         delta, self.delta = self.delta, np.zeros_like(self.delta)
         return delta
 
+    def take_in(self, before: np.ndarray, other: Normalizer | None) -> None:
+        """Hold `before` and what another one observed since its last `take_delta`.
+
+        Args:
+            before: Moments, (3, d), to which to add.
+            other: Whose own moments hold them already, where nobody else was counted in meanwhile.
+        """
+        assert other is not None
+        delta = other.take_delta()
+        counted = other.moments.cpu().numpy()
+        is_alone = np.array_equal(before[0] + delta[0], counted[0])
+        self.moments.copy_(torch.as_tensor(counted if is_alone else merge(before, delta)))
+
     def refresh(self) -> None:
         """Use from now on the mean and the deviation of all that was observed so far."""
         count, mean, squares = self.moments[:, : self._n_numbers]

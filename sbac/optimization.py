@@ -1,10 +1,47 @@
-"""Optimizers that torch does not have."""
+"""What torch does not have: RMSprop as in TensorFlow, and statistics that are there before the first step."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+
+
+def initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's statistics of its only parameter as they are before the first step.
+
+    torch makes them at the first step; to be shared between processes they must be there earlier.
+
+    Args:
+        optimizer: Of one parameter. Its class may name other first values than 0 in `initial_values`.
+
+    Returns:
+        By name; entries that are no tensors as they are after a step.
+
+    Raises:
+        ValueError: It keeps its statistics in other tensors after a further step, so that they cannot be shared.
+    """
+    trial = copy.deepcopy(optimizer)
+    parameter = trial.param_groups[0]["params"][0]
+    trial.state.clear()
+    parameter.grad = torch.zeros_like(parameter)
+    trial.step()
+    first = dict(trial.state[parameter])
+    trial.step()
+    for name, value in first.items():
+        if isinstance(value, Tensor) and trial.state[parameter][name] is not value:
+            raise ValueError(
+                f"{type(optimizer).__name__} makes a new tensor for its {name!r} at each step, so that processes "
+                "cannot share it; one that works in place, such as torch.optim.RMSprop or Adam, can be shared"
+            )
+    values: Mapping[str, float] = getattr(optimizer, "initial_values", {})
+    return {
+        name: torch.full_like(value, values.get(name, 0.0)) if isinstance(value, Tensor) else value
+        for name, value in first.items()
+    }
 
 
 class RMSpropTFLike(torch.optim.Optimizer):
@@ -22,6 +59,8 @@ class RMSpropTFLike(torch.optim.Optimizer):
         weight_decay: L2 penalty, at least 0.
         momentum: In [0, 1).
     """
+
+    initial_values: ClassVar[Mapping[str, float]] = {"square_avg": 1.0}
 
     def __init__(
         self,
@@ -57,7 +96,7 @@ class RMSpropTFLike(torch.optim.Optimizer):
                     gradient = gradient.add(parameter, alpha=group["weight_decay"])
                 state = self.state[parameter]
                 if not state:
-                    state["square_avg"] = torch.ones_like(parameter)
+                    state["square_avg"] = torch.full_like(parameter, self.initial_values["square_avg"])
                     if group["momentum"]:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
                 square_avg = state["square_avg"]

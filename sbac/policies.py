@@ -366,6 +366,13 @@ class StochasticActorCritic(Trainable, BasePolicy):
         if self.normalizer is not None:
             self.normalizer.refresh()
 
+    def take_in_buffers(self, other: Trainable) -> None:
+        """Copy buffers, but count in what the other's normaliser observed: several may send theirs in turn."""
+        before = None if self.normalizer is None else self.normalizer.moments.cpu().numpy().copy()
+        super().take_in_buffers(other)
+        if self.normalizer is not None and before is not None and isinstance(other, StochasticActorCritic):
+            self.normalizer.take_in(before, other.normalizer)
+
     def evaluate_rollout(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the loss needs of T steps of n environments.
 

@@ -72,13 +72,17 @@ class EpisodeStatistics:
             "l": int(self.running_length[i]),
             "t": round(seconds, 6),
         }
-        self.infos.append(episode)
         if isinstance(step.infos, Infos):
             step.infos.ends[i]["episode"] = episode
-        if "is_success" in info:
-            self.successes.append(float(info["is_success"]))
         self.running_return[i] = 0
         self.running_length[i] = 0
+        self.record({**info, "episode": episode})
+
+    def record(self, info: Mapping[str, Any]) -> None:
+        """Count an episode that ended, by the info of its last step with the ``episode``."""
+        self.infos.append(info["episode"])
+        if "is_success" in info:
+            self.successes.append(float(info["is_success"]))
         self.count += 1
 
 
@@ -113,6 +117,13 @@ class TrainingLog:
             mean = value.detach().mean() if value.ndim else value.detach()
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + mean, count + 1)
+
+    def add_sums(self, sums: Mapping[str, float], n_updates: int) -> None:
+        """Remember the numbers of several updates by their sums."""
+        self.n_updates += n_updates
+        for name, value in sums.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + n_updates)
 
     def is_due(self, count: int, num_timesteps: int) -> bool:
         """Whether to write a row, now that there were `count` rollouts or episodes."""

@@ -1,0 +1,70 @@
+"""Environments that worker processes make for themselves, and what their parent knows of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import gymnasium
+from gymnasium.envs.registration import EnvCreator, load_env_creator
+
+from sbac.envs import EnvironmentLike, make_environments
+
+
+class RemoteEnvironments:
+    """What can be sent to workers. Stands where other algorithms keep their environments.
+
+    Args:
+        env: An id, or a function that makes an environment; closures are fine.
+        n_envs: How many each worker makes, at least 1.
+
+    Attributes:
+        factory: Makes one environment.
+        num_envs: How many each worker makes.
+        observation_space: Of one environment.
+        action_space: Of one environment, in its own units.
+        env_id: The Gymnasium id, where there is one.
+        env: None: there is no environment in this process.
+        reset_count: 0: nobody else can reset the workers' environments.
+
+    Raises:
+        ValueError: A live environment, an unknown id, or `n_envs` below 1.
+        TypeError: `env` is neither an id nor a function.
+    """
+
+    env = None
+    reset_count = 0
+
+    def __init__(self, env: EnvironmentLike, n_envs: int) -> None:
+        if not isinstance(env, type) and (hasattr(env, "step") or hasattr(env, "step_async")):
+            raise ValueError(
+                f"A3C's workers are processes of their own, and a live environment ({type(env).__qualname__}) cannot "
+                "be sent to them: pass its id, or a function that makes one, such as lambda: MyEnv()"
+            )
+        if not (isinstance(env, str) or callable(env)):
+            raise TypeError(
+                f"env must be an id or a function that makes an environment, which each worker calls, not {env!r}"
+            )
+        # One is made to see its spaces, so that what is wrong with it shows here and not in the workers.
+        probe = make_environments(env, 1)
+        self.observation_space, self.action_space = probe.observation_space, probe.action_space
+        self.env_id = probe.env_id
+        probe.close()
+        if isinstance(n_envs, bool) or not isinstance(n_envs, int) or n_envs < 1:
+            raise ValueError(f"n_envs must be a whole number, at least 1, not {n_envs!r}")
+        self.num_envs = n_envs
+        self.factory: Callable[[], gymnasium.Env[Any, Any]] = _by_id(env) if isinstance(env, str) else env
+
+    def close(self) -> None:
+        """There is nothing to close: workers close their own."""
+
+
+def _by_id(env_id: str) -> Callable[[], gymnasium.Env[Any, Any]]:
+    """A function that makes the environment where the id may not be registered: by its specification."""
+    spec = gymnasium.spec(env_id)
+    if isinstance(spec.entry_point, str) and spec.entry_point.startswith("__main__:"):
+        # A worker has another main module; what this one defines is sent by value.
+        spec = dataclasses.replace(spec, entry_point=cast(EnvCreator, load_env_creator(spec.entry_point)))
+    return partial(gymnasium.make, spec)

@@ -1,0 +1,283 @@
+"""What passes between a worker and the rest of the world: weights, gradients, counts, reports.
+
+On one machine the weights, the optimizer's statistics and a few counters lie in one block of memory that all processes
+map. Each worker writes to its own row of counters and its own socket only, so that one that is killed at any moment
+leaves no lock held. The block has no name and nobody holds a semaphore: with the last process everything is gone.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import pickle
+import select
+import socket
+import struct
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol, Self
+
+import cloudpickle
+import numpy as np
+import torch
+from torch import Tensor
+
+from sbac.networks import Trainable
+
+# The columns of a worker's row of counters. The parent writes ALLOWED and TURN, the worker the others.
+STEPS, UPDATES, BEAT, ALLOWED, TURN = range(5)
+# The columns of the parent's row: whether workers are to stop, the count of transitions to begin with, how many make a
+# whole rollout, and whether all that there are have been granted, so that the last rollouts may be shorter.
+STOP, FIRST_STEP, ROLLOUT, ALL_GRANTED = range(4)
+ROW = 8  # one row fills a cache line, so that workers do not slow each other down
+
+FREELY = 2**62
+"""A TURN that never comes to an end."""
+
+LOOK_SECONDS = 0.05
+"""How often a worker reports, and how long the parent waits for a report."""
+
+
+class Report(NamedTuple):
+    """What a worker did since its last report."""
+
+    worker: int
+    steps: int  # transitions, over all environments of the worker
+    updates: int
+    numbers: Mapping[str, float]  # sums over the updates
+    reward: np.ndarray  # (k, n_envs): of each step of the worker's environments
+    done: np.ndarray  # (k, n_envs) bool
+    infos: list[tuple[int, int, dict[str, Any]]]  # step, environment and info of each episode that ended
+
+
+class Transport(Protocol):
+    """What a worker needs of the world: the weights, the count of steps, and somebody who listens."""
+
+    def begin(self) -> int:
+        """Wait until a rollout may begin. Returns how many transitions it may take; 0 ends the work."""
+
+    def count(self) -> int:
+        """Transitions that all workers took so far."""
+
+    def pull(self, policy: Trainable) -> None:
+        """theta' <- theta."""
+
+    def push(self, policy: Trainable, learning_rate: float) -> None:
+        """Step theta along the gradient that theta' computed.
+
+        Raises:
+            NotFiniteError: It would lead to weights that are not finite. They are as they were.
+        """
+
+    def observe(self, reward: np.ndarray, done: np.ndarray, infos: Sequence[dict[str, Any]]) -> None:
+        """Take note of a step of n environments: rewards and ends, (n,) each, and what they sent."""
+
+    def report(self, steps: int, numbers: Mapping[str, Tensor]) -> None:
+        """Count a rollout of so many transitions, and tell of it and its update's numbers."""
+
+
+class SharedMemory:
+    """Named tensors and the workers' counters in one block that processes share.
+
+    Args:
+        layout: Shape and dtype of each tensor.
+        n_workers: How many rows of counters.
+        descriptor: Of the block, in a process that did not make it.
+
+    Attributes:
+        tensors: By name; views of the block.
+        rows: The counters, (n_workers, ROW) int64.
+        flags: The parent's row, (ROW,) int64.
+        descriptor: To be passed on to the processes.
+    """
+
+    def __init__(
+        self, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], n_workers: int, descriptor: int | None = None
+    ) -> None:
+        self.layout = dict(layout)
+        counters = (n_workers + 1) * ROW
+        offsets: dict[str, int] = {}
+        size = counters * 8
+        for name, (shape, dtype) in self.layout.items():
+            offsets[name] = size
+            size += -(-math.prod(shape) * dtype.itemsize // 64) * 64
+        self.descriptor = _anonymous_file(size) if descriptor is None else descriptor
+        block = mmap.mmap(self.descriptor, size)
+        table = np.frombuffer(block, np.int64, counters).reshape(n_workers + 1, ROW)
+        self.flags, self.rows = table[0], table[1:]
+        self.tensors: dict[str, Tensor] = {}
+        for name, (shape, dtype) in self.layout.items():
+            count = math.prod(shape)
+            if count:
+                flat = torch.frombuffer(block, dtype=dtype, count=count, offset=offsets[name])
+                self.tensors[name] = flat.view(shape)
+            else:
+                self.tensors[name] = torch.empty(shape, dtype=dtype)
+
+    @classmethod
+    def holding(cls, tensors: Mapping[str, Tensor], n_workers: int, first_step: int) -> Self:
+        """A block with copies of tensors, where the count of transitions begins with `first_step`."""
+        memory = cls({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}, n_workers)
+        for name, tensor in tensors.items():
+            memory.tensors[name].copy_(tensor)
+        memory.flags[FIRST_STEP] = first_step
+        return memory
+
+    def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite tensors of the same names with what the block holds now."""
+        for name, tensor in tensors.items():
+            tensor.copy_(self.tensors[name])
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory goes with the last tensor and the last process that use it."""
+        os.close(self.descriptor)
+
+
+def _anonymous_file(size: int) -> int:
+    """A file in memory without a name, so that nothing of it can be left behind."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("sbac")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.truncate(descriptor, size)
+    return descriptor
+
+
+class SharedMemoryTransport:
+    """The `Transport` of worker processes on one machine: weights in shared memory, without locks.
+
+    Args:
+        memory: The block.
+        rank: Of the worker, which writes to its own row only.
+        connection: To the parent.
+    """
+
+    def __init__(self, memory: SharedMemory, rank: int, connection: socket.socket) -> None:
+        self._memory, self._row, self._connection = memory, memory.rows[rank], connection
+        self._rank = rank
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(connection, select.POLLIN)
+        self._writable.register(connection, select.POLLOUT)
+        self._shared: Trainable | None = None
+        self._version = 0
+        self._told_at = time.monotonic()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._steps = self._updates = 0
+        self._sums: dict[str, Tensor | float] = {}
+        self._reward: list[np.ndarray] = []
+        self._done: list[np.ndarray] = []
+        self._infos: list[tuple[int, int, dict[str, Any]]] = []
+
+    def hold(self, policy: Trainable) -> None:
+        """Let a policy be the one whose weights and optimizer's statistics all workers share."""
+        policy.live_in(self._memory.tensors)
+        self._shared = policy
+        send(self._connection, ("ready", None))
+
+    def begin(self) -> int:
+        row, flags = self._row, self._memory.flags
+        while not flags[STOP]:
+            row[BEAT] += 1
+            is_last = flags[ALL_GRANTED]  # read before the budget, which is written before it
+            budget = int(row[ALLOWED] - row[STEPS])
+            if row[UPDATES] < row[TURN] and budget > 0 and (budget >= flags[ROLLOUT] or is_last):
+                return budget
+            self._tell()
+            self._wait()
+        self._tell()
+        return 0
+
+    def _wait(self) -> None:
+        """Until the parent wakes the worker, or a moment has passed."""
+        if self._readable.poll(LOOK_SECONDS * 1000):
+            try:
+                is_gone = not self._connection.recv(4096)
+            except OSError:
+                is_gone = True
+            if is_gone:
+                raise SystemExit  # the parent: nobody needs the work any more
+
+    def count(self) -> int:
+        return int(self._memory.flags[FIRST_STEP] + self._memory.rows[:, STEPS].sum())
+
+    def pull(self, policy: Trainable) -> None:
+        assert self._shared is not None
+        policy.follow(self._shared, tau=1.0)
+        self._version = int(self._memory.rows[:, UPDATES].sum())
+
+    def push(self, policy: Trainable, learning_rate: float) -> None:
+        assert self._shared is not None
+        self._shared.set_learning_rate(learning_rate)
+        self._shared.step_along(policy)
+
+    def observe(self, reward: np.ndarray, done: np.ndarray, infos: Sequence[dict[str, Any]]) -> None:
+        self._row[BEAT] += 1
+        if done.any():
+            self._infos.extend((len(self._reward), int(i), infos[int(i)]) for i in np.flatnonzero(done))
+        self._reward.append(reward)
+        self._done.append(done)
+
+    def report(self, steps: int, numbers: Mapping[str, Tensor]) -> None:
+        staleness = int(self._memory.rows[:, UPDATES].sum()) - self._version
+        self._row[UPDATES] += 1
+        self._row[STEPS] += steps
+        self._steps += steps
+        self._updates += 1
+        for name, value in numbers.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        self._sums["staleness"] = self._sums.get("staleness", 0.0) + staleness
+        is_due = time.monotonic() - self._told_at >= LOOK_SECONDS or self._row[TURN] < FREELY
+        # Where the parent does not read for a while, training goes on and the report grows.
+        if is_due and self._writable.poll(0):
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._updates:
+            sums = {name: float(value) for name, value in self._sums.items()}
+            reward, done = np.array(self._reward), np.array(self._done)
+            told = Report(self._rank, self._steps, self._updates, sums, reward, done, self._infos)
+            try:
+                send(self._connection, ("report", told))
+            except ConnectionError:
+                raise SystemExit from None  # as above
+            except Exception:
+                # An environment may put into its infos what no other process can hold.
+                plain = [(step, i, _plain(info)) for step, i, info in self._infos]
+                send(self._connection, ("report", told._replace(infos=plain)))
+            self._forget()
+        self._told_at = time.monotonic()
+
+
+def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("episode", "is_success", "TimeLimit.truncated", "terminal_observation")
+    return {name: info[name] for name in names if name in info}
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    """Send a message of any size."""
+    data = cloudpickle.dumps(message)
+    connection.sendall(struct.pack("<Q", len(data)) + data)
+
+
+def serve(memory_descriptor: int, socket_descriptor: int) -> None:
+    """What a worker process runs, from its start to its end."""
+    torch.set_num_threads(1)
+    connection = socket.socket(fileno=socket_descriptor)
+    with connection.makefile("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        data = stream.read(length)
+    try:
+        layout, n_workers, rank, launch, work = pickle.loads(data)
+        transport = SharedMemoryTransport(SharedMemory(layout, n_workers, memory_descriptor), rank, connection)
+        work(transport, launch)
+    except Exception:
+        with suppress(OSError):
+            send(connection, ("error", traceback.format_exc()))
+        raise SystemExit(1) from None

@@ -1,0 +1,349 @@
+"""Worker processes, seen from their parent: started, granted steps, listened to, and replaced when they fail.
+
+Workers are fresh interpreters, as with the start method "spawn", but none imports the main script again: it needs no
+``if __name__ == "__main__":``, and functions and classes that it defines are sent by value.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from sbac.guards import WorkerFault
+from sbac.transport import (
+    ALL_GRANTED,
+    ALLOWED,
+    BEAT,
+    FREELY,
+    LOOK_SECONDS,
+    ROLLOUT,
+    STEPS,
+    STOP,
+    TURN,
+    UPDATES,
+    Report,
+    SharedMemory,
+    Transport,
+)
+
+BEAT_SECONDS = 0.5
+"""How often the parent looks whether workers are alive."""
+
+SET_UP_SECONDS = 60.0
+"""How long a worker may take to start, where `worker_timeout` is shorter."""
+
+FAREWELL_SECONDS = 2.0
+"""How long workers may take to finish a last rollout."""
+
+
+class _Process:
+    """A worker as the parent sees it: its process, its end of the socket, and what of a message has arrived."""
+
+    def __init__(self, rank: int, memory: SharedMemory, payload: bytes) -> None:
+        self.rank = rank
+        self.error: str | None = None
+        self.is_set_up = self.is_done = False
+        self.last_beat = -1
+        self.silent_seconds = 0.0
+        self._arrived = bytearray()
+
+        self.socket, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from sbac.transport import serve; serve({memory.descriptor}, {theirs.fileno()})"
+        )
+        # One thread each, whatever library the environment computes with.
+        threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}
+        # Ctrl-C reaches all processes of a terminal, and is for the parent to answer: workers inherit the mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**os.environ, **threads},
+                pass_fds=(memory.descriptor, theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+            )
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with suppress(OSError):  # where it died at once, the next look at it says so
+            self.socket.sendall(struct.pack("<Q", len(payload)) + payload)
+        self.socket.setblocking(False)
+
+    def wake(self) -> None:
+        """End the worker's wait, if it waits."""
+        with suppress(OSError):  # full of earlier calls, or of a dead worker
+            self.socket.send(b".")
+
+    def messages(self) -> Iterator[tuple[str, Any]]:
+        """What arrived whole. Never waits for the rest: the worker may have been stopped in the midst of it.
+
+        Raises:
+            EOFError: The worker is gone.
+        """
+        is_gone = False
+        try:
+            while chunk := self.socket.recv(1 << 18):
+                self._arrived += chunk
+            is_gone = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            is_gone = True
+        while len(self._arrived) >= 8:
+            (length,) = struct.unpack_from("<Q", self._arrived)
+            if len(self._arrived) < 8 + length:
+                break
+            message = bytes(self._arrived[8 : 8 + length])
+            del self._arrived[: 8 + length]
+            yield pickle.loads(message)
+        if is_gone:
+            raise EOFError
+
+    def end(self, patience: float = 0.0) -> int:
+        """See the process off, also one that is stopped, and leave no zombie. Returns its exit code."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience)
+        self.process.kill()
+        self.socket.close()
+        return self.process.wait()
+
+
+class Workers:
+    """Starts workers, grants them steps, gathers their reports, and replaces those that fail.
+
+    Args:
+        work: ``work(transport, launch)``, run in each worker; sent by value.
+        memory: The block that they share.
+        total: Transitions to take, over all workers.
+        rollout: Transitions of one rollout at most.
+        n_envs: Environments of each worker.
+        launches: How many workers were started before, so that none repeats another's random numbers.
+        max_restarts: How many workers may be replaced.
+        timeout: Seconds without a step after which a worker counts as hanging.
+        in_turn: Whether one worker at a time takes one rollout, or all run freely.
+
+    Attributes:
+        restarts: How many workers were replaced.
+        launches: How many were started, with those before.
+
+    Raises:
+        TypeError: `work` cannot be sent.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Transport, int], None],
+        memory: SharedMemory,
+        total: int,
+        rollout: int,
+        n_envs: int,
+        launches: int,
+        max_restarts: int,
+        timeout: float,
+        in_turn: bool,
+    ) -> None:
+        self.restarts = 0
+        self._work, self._memory = work, memory
+        self._total = -(-total // n_envs) * n_envs
+        self._rollout, self._n_envs = rollout, n_envs
+        self.launches = launches
+        self._max_restarts, self._timeout = max_restarts, timeout
+        self._in_turn, self._rank_in_turn = in_turn, 0
+        self._reported = np.zeros_like(memory.rows)
+        self._looked_at = time.monotonic()
+        self._processes: list[_Process] = []
+        self._selector = selectors.DefaultSelector()
+        memory.rows[:] = 0
+        memory.flags[[STOP, ROLLOUT, ALL_GRANTED]] = 0, rollout, 0
+        memory.rows[:, TURN] = 0 if in_turn else FREELY
+        try:
+            for rank in range(len(memory.rows)):
+                self._processes.append(self._launch(rank))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _launch(self, rank: int) -> _Process:
+        whole = (self._memory.layout, len(self._memory.rows), rank, self.launches, self._work)
+        try:
+            payload = cloudpickle.dumps(whole)
+        except Exception as error:
+            raise TypeError(
+                "what the workers need cannot be sent to them: the function that makes the environment or an argument "
+                f"holds something that belongs to this process ({type(error).__name__}: {error}); let the function "
+                "make or open it itself"
+            ) from error
+        self.launches += 1
+        process = _Process(rank, self._memory, payload)
+        self._selector.register(process.socket, selectors.EVENT_READ, process)
+        return process
+
+    @property
+    def steps(self) -> int:
+        """Transitions that the workers took."""
+        return int(self._memory.rows[:, STEPS].sum())
+
+    @property
+    def updates(self) -> int:
+        """Updates that they made."""
+        return int(self._memory.rows[:, UPDATES].sum())
+
+    def reports(self) -> list[Report]:
+        """Grant steps, wait a moment for reports, and replace workers that died or hang.
+
+        Raises:
+            WorkerFault: More workers failed than may be replaced.
+        """
+        self._grant()
+        found: list[Report] = []
+        failed: list[tuple[_Process, str]] = []
+        for key, _ in self._selector.select(LOOK_SECONDS):
+            reports, is_gone = self._read(key.data)
+            found.extend(reports)
+            if is_gone:
+                self._selector.unregister(key.fileobj)
+                failed.append((key.data, _cause(key.data)))
+        for process in self._silent():
+            self._selector.unregister(process.socket)
+            process.end()
+            failed.append((process, f"took no step for {self._patience(process):g} seconds and was ended"))
+        for process, cause in failed:
+            found.append(self._replace(process, cause))
+        return found
+
+    def stop(self) -> list[Report]:
+        """Let workers finish their rollouts and go; end those that do not go. Returns their last reports."""
+        found: list[Report] = []
+        try:
+            self._memory.flags[STOP] = 1
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            waited_for = [process for process in self._processes if process.is_set_up]
+            while waited_for and time.monotonic() < deadline:
+                for process in waited_for:
+                    process.wake()
+                for key, _ in self._selector.select(LOOK_SECONDS):
+                    reports, is_gone = self._read(key.data)
+                    found.extend(reports)
+                    if is_gone:
+                        self._selector.unregister(key.fileobj)
+                        key.data.is_done = True
+                waited_for = [process for process in waited_for if not process.is_done]
+        finally:
+            for process in self._processes:
+                process.end()
+            self._selector.close()
+        found.extend(self._untold(rank) for rank in range(len(self._processes)))
+        return found
+
+    def _grant(self) -> None:
+        """Hand out the steps that are left: large shares at first, single rollouts towards the end.
+
+        So nobody waits for the parent while there is much to do, and all end together at the exact count.
+        """
+        rows, told = self._memory.rows, self._reported
+        if self._in_turn:
+            row, rank = rows[self._rank_in_turn], self._rank_in_turn
+            if told[rank, UPDATES] == row[TURN]:
+                row[ALLOWED] = row[STEPS]  # what a rollout that ended with its episode did not need
+                rank = self._rank_in_turn = int(rows[:, TURN].sum()) % len(rows)
+                left = self._total - int(rows[:, ALLOWED].sum())
+                if left:
+                    self._memory.flags[ALL_GRANTED] = left <= self._rollout
+                    rows[rank, ALLOWED] += min(self._rollout, left)
+                    rows[rank, TURN] += 1
+                    self._processes[rank].wake()
+            return
+        for row, process in zip(rows, self._processes, strict=True):
+            left = self._total - int(rows[:, ALLOWED].sum())
+            share = max(left // (2 * len(rows)) // self._rollout, 1) * self._rollout
+            if left and row[ALLOWED] - row[STEPS] < max(share // 2, self._rollout):
+                row[ALLOWED] += min(share, left)
+                process.wake()
+        if not self._memory.flags[ALL_GRANTED] and rows[:, ALLOWED].sum() == self._total:
+            self._memory.flags[ALL_GRANTED] = 1
+            for process in self._processes:
+                process.wake()
+
+    def _read(self, process: _Process) -> tuple[list[Report], bool]:
+        """The reports that a worker sent, and whether it is gone."""
+        found: list[Report] = []
+        try:
+            for kind, content in process.messages():
+                if kind == "report":
+                    self._reported[process.rank, [STEPS, UPDATES]] += (content.steps, content.updates)
+                    found.append(content)
+                elif kind == "ready":
+                    process.is_set_up = True
+                elif kind == "error":
+                    process.error = content
+        except EOFError:
+            return found, True
+        return found, False
+
+    def _untold(self, rank: int) -> Report:
+        """The steps and updates that a worker counted but did not live to report."""
+        steps, updates = self._memory.rows[rank, [STEPS, UPDATES]] - self._reported[rank, [STEPS, UPDATES]]
+        self._reported[rank, [STEPS, UPDATES]] += (steps, updates)
+        nothing = np.zeros((0, self._n_envs))
+        return Report(rank, int(steps), int(updates), {}, nothing, nothing.astype(bool), [])
+
+    def _replace(self, process: _Process, cause: str) -> Report:
+        rank, rows = process.rank, self._memory.rows
+        happened = f"worker {rank} (process {process.process.pid}) {cause} after {rows[rank, STEPS]:,} steps"
+        detail = f":\n{process.error}" if process.error else ""
+        if process.error and not process.is_set_up and not rows[:, STEPS].any():
+            raise WorkerFault(f"worker {rank} could not be set up{detail}")
+        if self.restarts >= self._max_restarts:
+            raise WorkerFault(
+                f"{happened}, and max_worker_restarts={self._max_restarts} workers were replaced already; the weights "
+                f"are those of the last update{detail}"
+            )
+        self.restarts += 1
+        warnings.warn(f"{happened}; replaced ({self.restarts} of {self._max_restarts}){detail}", stacklevel=4)
+        self._processes[rank] = self._launch(rank)
+        return self._untold(rank)
+
+    def _silent(self) -> list[_Process]:
+        """Workers that have shown no life for too long."""
+        now = time.monotonic()
+        if now - self._looked_at < BEAT_SECONDS:
+            return []
+        # Where the parent itself was away, in an evaluation or suspended, it could not have seen them alive.
+        passed = min(now - self._looked_at, 2 * BEAT_SECONDS)
+        self._looked_at = now
+        for process in self._processes:
+            beat = int(self._memory.rows[process.rank, BEAT])
+            process.silent_seconds = process.silent_seconds + passed if beat == process.last_beat else 0.0
+            process.last_beat = beat
+        return [process for process in self._processes if process.silent_seconds > self._patience(process)]
+
+    def _patience(self, process: _Process) -> float:
+        return self._timeout if process.is_set_up else max(self._timeout, SET_UP_SECONDS)
+
+
+def _cause(process: _Process) -> str:
+    """See off a worker that left, and say why it did."""
+    code = process.end(patience=5.0)
+    if process.error:
+        return "raised an error"
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
