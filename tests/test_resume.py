@@ -36,6 +36,7 @@ from sbac.logger import configure
 from sbac.prioritized import PrioritizedReplayBuffer
 from sbac.tape import Tape
 from tests.environments import Counter, Random
+from tests.kill import kill_test
 
 SMALL = {"policy_kwargs": {"net_arch": [16, 8]}, "seed": 0}
 REPLAY = {"learning_starts": 40, "batch_size": 8, "buffer_size": 300}
@@ -490,3 +491,9 @@ def test_a_callback_whose_state_is_no_data_is_named(tmp_path: Path) -> None:
     model, checkpoints = small(tmp_path)
     with pytest.raises(ArchiveError, match=r"must be plain data.*callbacks\[1\]"):
         model.learn(10, callback=[Strange(), checkpoints])
+
+
+@pytest.mark.parametrize(("task", "steps"), [("a2c", 4_000), ("ddpg", 900), ("td3", 700)])
+def test_a_process_killed_at_random_moments_ends_as_one_never_killed(task: str, steps: int, tmp_path: Path) -> None:
+    """A short version of what `tests.kill` does by hand."""
+    assert kill_test(task, steps, n_kills=3, seed=0, folder=tmp_path) == []
