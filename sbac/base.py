@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sbac import checkpoint
 from sbac.adapters import Step
+from sbac.bodies import choose_policy
 from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
 from sbac.construction import Constructed, LoadsEitherWay, argument_names
 from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments, number_to_make
@@ -26,7 +27,6 @@ from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
 from sbac.networks import Trainable, describe
 from sbac.observations import as_batch
-from sbac.policies import choose_policy
 from sbac.resume import resume_run
 from sbac.schedules import FloatOrSchedule, value_at
 from sbac.statistics import EpisodeStatistics, TrainingLog

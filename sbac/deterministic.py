@@ -11,9 +11,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.adapters import Step
+from sbac.bodies import Body, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
 from sbac.guards import require_constant, require_whole
 from sbac.networks import BaseFeaturesExtractor, Trainable, create_mlp, init_fan_in, init_uniform
-from sbac.policies import BasePolicy, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
+from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trees import Tree, batch_size
 
@@ -147,8 +148,9 @@ class DeterministicActorCritic(BasePolicy):
         action_layer: Where the action joins the critic: 0 at the input, 1 at the second layer, ...; None is the second
             layer, or the input of a critic without hidden layers.
         final_init: Last layers' weights and biases are uniform in +-`final_init`; None leaves them to the fan-in rule.
-        features_extractor_class: The body in front of each network; by default `CombinedExtractor` for Dict and
-            Tuple observations, else `FlattenExtractor`.
+        features_extractor_class: The body in front of each network, a class or a module; or a dict with one for actor
+            and critic, ``dict(pi=..., qf=...)``. By default `CombinedExtractor` for Dict and Tuple observations, else
+            `FlattenExtractor`.
         features_extractor_kwargs: Its further arguments.
         normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
         channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
@@ -168,7 +170,7 @@ class DeterministicActorCritic(BasePolicy):
         n_critics: int = 2,
         action_layer: int | None = 0,
         final_init: float | None = None,
-        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_class: Body | Mapping[str, Body] | None = None,
         features_extractor_kwargs: Mapping[str, Any] | None = None,
         normalize_images: bool = True,
         channels_last: bool | None = None,
@@ -194,15 +196,15 @@ class DeterministicActorCritic(BasePolicy):
             require_constant("policy_kwargs: final_init", final_init, minimum=0)
         action_dim = int(np.prod(action_space.shape or ()))
 
-        def extractor() -> BaseFeaturesExtractor:
-            return make_extractor(self.preprocessor.space, features_extractor_class, features_extractor_kwargs)
+        def extractor(network: str) -> BaseFeaturesExtractor:
+            return make_extractor(self.preprocessor.space, features_extractor_class, features_extractor_kwargs, network)
 
         def actor() -> Actor:
-            arguments = action_space, extractor(), pi_arch, activation_fn, layer_norm, final_init
+            arguments = action_space, extractor("pi"), pi_arch, activation_fn, layer_norm, final_init
             return Actor(self.preprocessor, *arguments)
 
         def critic() -> Critic:
-            body = extractor()
+            body = extractor("qf")
 
             def q_network() -> QNetwork:
                 dim = body.features_dim
@@ -256,7 +258,7 @@ class CnnDeterministicActorCritic(DeterministicActorCritic):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         device: torch.device,
-        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_class: Body | Mapping[str, Body] | None = None,
         **kwargs: Any,
     ) -> None:
         body = image_extractor(observation_space, features_extractor_class)

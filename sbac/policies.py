@@ -12,124 +12,20 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.adapters import Step
+from sbac.bodies import Body, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
 from sbac.buffers import RolloutBatch
 from sbac.distributions import Distribution, DistributionFamily
 from sbac.envs import ActionCodec
 from sbac.guards import require_constant
 from sbac.networks import (
-    BaseFeaturesExtractor,
-    NatureCNN,
     Trainable,
     create_mlp,
-    default_extractor,
-    fits_nature_cnn,
     init_orthogonal,
 )
 from sbac.normalization import Normalizer
 from sbac.observations import MASK, as_batch, split_mask
-from sbac.preprocessing import Preprocessor, is_image_space, obs_to_tensor
+from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trees import Tree, leaves, rows, space_tree
-
-NetArch = Sequence[int] | Mapping[str, Sequence[int]]
-"""Units of the hidden layers: one list for both networks, or a dict with a list for each."""
-
-
-def split_net_arch(net_arch: NetArch, names: tuple[str, str]) -> tuple[list[int], list[int]]:
-    """The hidden layers of actor and critic.
-
-    Args:
-        net_arch: One list for both, or a dict with the two `names`.
-        names: Such as ``("pi", "vf")``.
-
-    Raises:
-        ValueError: A dict with other keys, or units that are no positive whole numbers.
-    """
-    if isinstance(net_arch, Mapping):
-        if set(net_arch) != set(names):
-            raise ValueError(
-                f"policy_kwargs: net_arch needs the keys {names[0]!r} and {names[1]!r}, not {sorted(net_arch)}"
-            )
-        archs = (net_arch[names[0]], net_arch[names[1]])
-    else:
-        archs = (net_arch, net_arch)
-    if isinstance(net_arch, Sequence) and any(isinstance(entry, Mapping) for entry in net_arch):
-        raise ValueError(
-            "policy_kwargs: net_arch with a dict inside a list is the form of older Stable-Baselines; write "
-            f"net_arch=dict({names[0]}=[64, 64], {names[1]}=[64, 64]) with all layers of each network, not {net_arch!r}"
-        )
-    if not all(_is_arch(arch) for arch in archs):
-        raise ValueError(
-            f"policy_kwargs: net_arch lists the units of each hidden layer as positive whole numbers, not {net_arch!r}"
-        )
-    return [int(n) for n in archs[0]], [int(n) for n in archs[1]]
-
-
-def _is_arch(arch: object) -> bool:
-    return (
-        isinstance(arch, Sequence)
-        and not isinstance(arch, str)
-        and all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0 for n in arch)
-    )
-
-
-def check_module_class(name: str, value: object, example: str) -> None:
-    """Refuse an argument of a policy that is no class of layers.
-
-    Raises:
-        ValueError: Naming the argument and what was received.
-    """
-    if not (isinstance(value, type) and issubclass(value, nn.Module)):
-        raise ValueError(
-            f"policy_kwargs: {name} must be a subclass of torch.nn.Module, such as {example}, and not an instance or a "
-            f"function; it is {value!r}"
-        )
-
-
-def make_extractor(
-    observation_space: spaces.Space[Any],
-    features_extractor_class: type[BaseFeaturesExtractor] | None,
-    features_extractor_kwargs: Mapping[str, Any] | None,
-) -> BaseFeaturesExtractor:
-    """The body that was asked for, or the one for the space.
-
-    Raises:
-        ValueError: What was asked for is no class of layers, or its arguments are no dict.
-    """
-    if features_extractor_class is None:
-        features_extractor_class = default_extractor(observation_space)
-    check_module_class("features_extractor_class", features_extractor_class, "a subclass of BaseFeaturesExtractor")
-    if not (features_extractor_kwargs is None or isinstance(features_extractor_kwargs, Mapping)):
-        raise ValueError(
-            "policy_kwargs: features_extractor_kwargs must be a dict of the extractor's arguments, "
-            f"not {features_extractor_kwargs!r}"
-        )
-    return features_extractor_class(observation_space, **dict(features_extractor_kwargs or {}))
-
-
-def image_extractor(
-    observation_space: spaces.Space[Any], features_extractor_class: type[BaseFeaturesExtractor] | None
-) -> type[BaseFeaturesExtractor]:
-    """The body that was asked for, or `NatureCNN`.
-
-    Raises:
-        ValueError: The observations are not one image.
-    """
-    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
-        raise ValueError(f"CnnPolicy reads one image, not {observation_space}; MultiInputPolicy reads Dict and Tuple")
-    if not (isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3):
-        raise ValueError(f"CnnPolicy reads images, Boxes of three dimensions, not {observation_space}; use MlpPolicy")
-    return features_extractor_class or NatureCNN
-
-
-def choose_policy(observation_space: spaces.Space[Any]) -> tuple[str, str]:
-    """The name of the policy that "auto" stands for, and why."""
-    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
-        return "MultiInputPolicy", f"observations are a {type(observation_space).__name__}"
-    if not is_image_space(observation_space):
-        return "MlpPolicy", f"observations are no images but {observation_space}"
-    if fits_nature_cnn(Preprocessor(observation_space).space):
-        return "CnnPolicy", "observations are images"
-    return "MlpPolicy", f"images of shape {observation_space.shape} are too small for CnnPolicy"
 
 
 class BasePolicy(nn.Module, ABC):
@@ -293,8 +189,9 @@ class StochasticActorCritic(Trainable, BasePolicy):
         squash: Whether actions of a Box, which must be finite, are squashed into it by tanh, rather than clipped.
         layer_norm: Whether to normalise before each activation.
         dropout: Share of each hidden layer's units that training leaves out, in [0, 1).
-        features_extractor_class: The body in front of both networks; by default `CombinedExtractor` for Dict and
-            Tuple observations, else `FlattenExtractor`.
+        features_extractor_class: The body in front of both networks, a class or a module; or a dict with one for each,
+            ``dict(pi=..., vf=...)``. By default `CombinedExtractor` for Dict and Tuple observations, else
+            `FlattenExtractor`.
         features_extractor_kwargs: Its further arguments.
         share_features_extractor: One body for both, or one for each.
         normalize_images: Whether the pixels of images are divided by 255 in front of the body; see `preprocess`.
@@ -315,7 +212,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         squash: bool = False,
         layer_norm: bool = False,
         dropout: float = 0.0,
-        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_class: Body | Mapping[str, Body] | None = None,
         features_extractor_kwargs: Mapping[str, Any] | None = None,
         share_features_extractor: bool = True,
         normalize_images: bool = True,
@@ -333,17 +230,20 @@ class StochasticActorCritic(Trainable, BasePolicy):
         require_constant("policy_kwargs: dropout", dropout, minimum=0, below=1)
         if squash:
             _require_squashable(action_space)
+        if isinstance(features_extractor_class, Mapping):
+            share_features_extractor = False
         self.share_features_extractor = share_features_extractor
         extractor_arguments = self.preprocessor.space, features_extractor_class, features_extractor_kwargs
-        self.features_extractor = make_extractor(*extractor_arguments)
+        self.features_extractor = make_extractor(*extractor_arguments, "pi")
         if share_features_extractor:
             self.vf_features_extractor = self.features_extractor
         else:
-            self.vf_features_extractor = make_extractor(*extractor_arguments)
+            self.vf_features_extractor = make_extractor(*extractor_arguments, "vf")
 
         features_dim = self._make_core(self.features_extractor.features_dim)
+        vf_features_dim = features_dim if share_features_extractor else self.vf_features_extractor.features_dim
         self.policy_net = nn.Sequential(*create_mlp(features_dim, 0, pi_arch, activation_fn, layer_norm, dropout))
-        self.value_net = nn.Sequential(*create_mlp(features_dim, 1, vf_arch, activation_fn, layer_norm, dropout))
+        self.value_net = nn.Sequential(*create_mlp(vf_features_dim, 1, vf_arch, activation_fn, layer_norm, dropout))
         self.family = DistributionFamily(action_space, squash)
         _require_mask_length(observation_space, self.family.n_choices)
         self.action_net = nn.Linear(pi_arch[-1] if pi_arch else features_dim, self.family.width)
@@ -461,7 +361,7 @@ class CnnActorCritic(StochasticActorCritic):
         action_space: spaces.Space[Any],
         device: torch.device,
         net_arch: NetArch = (),
-        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_class: Body | Mapping[str, Body] | None = None,
         **kwargs: Any,
     ) -> None:
         body = image_extractor(observation_space, features_extractor_class)

@@ -11,10 +11,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.adapters import Step
+from sbac.bodies import Body, NetArch, image_extractor
 from sbac.buffers import RolloutBatch
 from sbac.guards import require_whole
-from sbac.networks import BaseFeaturesExtractor
-from sbac.policies import NetArch, StochasticActorCritic, image_extractor
+from sbac.policies import StochasticActorCritic
 from sbac.preprocessing import obs_to_tensor
 from sbac.trees import Tree
 
@@ -46,7 +46,9 @@ class RecurrentActorCritic(StochasticActorCritic):
         lstm_hidden_size: int = 256,
         **kwargs: Any,
     ) -> None:
-        if not kwargs.get("share_features_extractor", True):
+        if not kwargs.get("share_features_extractor", True) or isinstance(
+            kwargs.get("features_extractor_class"), Mapping
+        ):
             raise ValueError("policy_kwargs: an LSTM policy has one body: share_features_extractor must be True")
         self.lstm_hidden_size = require_whole("policy_kwargs: lstm_hidden_size", lstm_hidden_size, 1)
         super().__init__(observation_space, action_space, device, net_arch, **kwargs)
@@ -199,7 +201,7 @@ class CnnRecurrentActorCritic(RecurrentActorCritic):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         device: torch.device,
-        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_class: Body | None = None,
         **kwargs: Any,
     ) -> None:
         body = image_extractor(observation_space, features_extractor_class)

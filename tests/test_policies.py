@@ -13,12 +13,13 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from sbac.bodies import split_net_arch
 from sbac.deterministic import DeterministicActorCritic
 from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution
 from sbac.guards import NotFiniteError
 from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in
 from sbac.observations import check_observation_space
-from sbac.policies import StochasticActorCritic, split_net_arch
+from sbac.policies import StochasticActorCritic
 from sbac.preprocessing import preprocess
 
 CPU = torch.device("cpu")

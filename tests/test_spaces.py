@@ -12,11 +12,12 @@ import torch
 from gymnasium import spaces
 
 from sbac import A2C, DDPG, TD3, EnvironmentFault, evaluate_policy
+from sbac.bodies import choose_policy
 from sbac.distributions import DistributionFamily
 from sbac.envs import ActionCodec, Spaces, make_environments
 from sbac.networks import CombinedExtractor, FlattenExtractor, NatureCNN
 from sbac.observations import n_choices
-from sbac.policies import StochasticActorCritic, choose_policy
+from sbac.policies import StochasticActorCritic
 from sbac.preprocessing import Preprocessor, has_channels_last
 from sbac.trees import leaves, rows, space_tree, tree_map
 
