@@ -28,10 +28,10 @@ from sbac.observations import check_action_space, check_observation_space
 from sbac.optimization import RMSpropTFLike
 from sbac.policies import CnnActorCritic, StochasticActorCritic
 from sbac.recurrent import CnnRecurrentActorCritic, RecurrentActorCritic
-from sbac.remote import RemoteEnvironments
+from sbac.remote import RemoteEnvironments, go_on, worker_state
 from sbac.schedules import FloatOrSchedule
 from sbac.transport import Report, SharedMemory, SharedMemoryTransport, Transport
-from sbac.workers import Workers
+from sbac.workers import Workers, WorkerStates
 
 
 def actor_learner(model: A3C, env: Environments, shared: Transport) -> None:
@@ -42,9 +42,7 @@ def actor_learner(model: A3C, env: Environments, shared: Transport) -> None:
         env: The worker's environments, n.
         shared: The weights theta of all workers, and the count T of their transitions.
     """
-    policy, rollout, episodes = model.policy, model.rollout_buffer, model.episodes
-    obs = env.reset(model._env_seed)
-    policy.begin_episodes()
+    policy, rollout = model.policy, model.rollout_buffer
     while (budget := shared.begin()) > 0:
         # Synchronise: theta' <- theta.
         shared.pull(policy)
@@ -56,14 +54,15 @@ def actor_learner(model: A3C, env: Environments, shared: Transport) -> None:
         model.num_timesteps = shared.count()
         has_ended = False
         while not (rollout.full or has_ended or rollout.pos * env.num_envs >= budget):
+            obs = model._obs
             action = policy.act(obs, deterministic=False, generator=model._act_generator)
             step = env.step(action)
             rollout.add(obs, action, step)
             policy.observe(obs, step, model._now(model.gamma))
-            obs = step.obs
+            model._obs = step.obs
             model.num_timesteps += env.num_envs
             ended = step.terminated | step.truncated
-            episodes.add(step, ended, seconds=0.0)
+            model.episodes.add(step, ended, seconds=0.0)
             shared.observe(step.reward, ended, step.infos)
             # Among several environments, episodes end at different times: the rollout goes on.
             has_ended = env.num_envs == 1 and bool(ended[0])
@@ -230,6 +229,7 @@ class A3C(BaseAlgorithm):
         self._n_launches = 0  # workers started, so that none repeats another's random numbers
         self._worker_steps = np.zeros(self.n_workers, dtype=np.int64)  # since the last row of the log
         self._worker_restarts = 0
+        self._worker_states = WorkerStates(self.n_workers)
         self._row_time = 0.0
 
     def learn(
@@ -247,10 +247,12 @@ class A3C(BaseAlgorithm):
         with self._training(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, resume
         ) as callback:
+            if self.num_timesteps == 0:
+                self._worker_states.clear()
             # The weights, the optimizer's statistics and the count live in shared memory while workers learn.
             first_step, first_update = self.num_timesteps, self.n_updates
             memory = SharedMemory.holding(self.policy.state_tensors(), self.n_workers, first_step)
-            workers = self._start_workers(memory)
+            workers = self._worker_states.running = self._start_workers(memory)
             self._worker_steps[:], self._row_time = 0, time.perf_counter()
             try:
                 while self.num_timesteps < self._total_timesteps:
@@ -265,6 +267,7 @@ class A3C(BaseAlgorithm):
             finally:
                 for report in workers.stop():
                     self._count(report)
+                self._worker_states.running = None
                 memory.copy_to(self.policy.state_tensors())
                 self.num_timesteps = first_step + workers.steps
                 self.n_updates = first_update + workers.updates
@@ -333,6 +336,8 @@ class A3C(BaseAlgorithm):
             rollout=self.n_steps * self.n_envs,
             n_envs=self.n_envs,
             launches=self._n_launches,
+            states=self._worker_states,
+            first_turn=self._n_rollouts,
             max_restarts=self.max_worker_restarts,
             timeout=self.worker_timeout,
             in_turn=self.deterministic,
@@ -389,6 +394,9 @@ class A3C(BaseAlgorithm):
         self._reset_count = env.reset_count
         self.episodes.start()
 
+    def _buffers(self) -> dict[str, Any]:
+        return {"workers": self._worker_states}
+
     def _check_spaces(self) -> None:
         check_action_space(self.action_space, "A3C")
         check_observation_space(self.observation_space, "A3C")
@@ -414,6 +422,7 @@ def _work(
     frozen: Sequence[str],
     shared: SharedMemoryTransport,
     launch: int,
+    state: Mapping[str, np.ndarray] | None,
 ) -> None:
     """Make what a worker needs, in its own process, and let it work."""
     model, theta = cls(env=known, **arguments), cls(env=known, **arguments).policy
@@ -425,8 +434,13 @@ def _work(
             policy.get_parameter(name).requires_grad_(False)
     env = make_environments(factory, known.n_envs)
     try:
-        shared.hold(theta)
+        shared.hold(theta, partial(worker_state, model, env))
         model.policy.load_state_dict(theta.state_dict())
+        if state is None:
+            model._obs = env.reset(model._env_seed)
+            model.policy.begin_episodes()
+        else:
+            go_on(model, env, state)
         actor_learner(model, env, shared)
     finally:
         env.close()

@@ -550,7 +550,7 @@ class BaseAlgorithm(metaclass=Constructed):
         Args:
             path: Where to; ".zip" is appended where there is no suffix. Or an open binary file.
             exclude: Parts to leave out, of those that a file can hold: "optimizer", "generators", "episodes", "noise",
-                "replay_buffer", "rollout_buffer", "run".
+                "replay_buffer", "rollout_buffer", "workers", "run".
             include: Parts to add to those of a plain file (which holds the policy and its optimizer).
             full: Hold all that resuming needs, the replay buffer included.
 

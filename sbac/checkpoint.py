@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PathLike = str | Path
 
-PARTS = ("optimizer", "generators", "episodes", "noise", "replay_buffer", "rollout_buffer", "run")
+PARTS = ("optimizer", "generators", "episodes", "noise", "replay_buffer", "rollout_buffer", "workers", "run")
 COUNTERS = (
     "num_timesteps",
     "n_updates",

@@ -1,16 +1,23 @@
-"""Environments that worker processes make for themselves, and what their parent knows of them."""
+"""Environments that worker processes make for themselves: what their parent knows, and how successors go on in them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
 import gymnasium
+import numpy as np
+import torch
 from gymnasium.envs.registration import EnvCreator, load_env_creator
 
-from sbac.envs import EnvironmentLike, make_environments
+from sbac.codec import decode, encode
+from sbac.envs import EnvironmentLike, Environments, make_environments
+from sbac.observations import split_mask
+from sbac.tape import Recording
+from sbac.trees import copy_tree, leaves, space_tree, tree_like
 
 
 class RemoteEnvironments:
@@ -68,3 +75,37 @@ def _by_id(env_id: str) -> Callable[[], gymnasium.Env[Any, Any]]:
         # A worker has another main module; what this one defines is sent by value.
         spec = dataclasses.replace(spec, entry_point=cast(EnvCreator, load_env_creator(spec.entry_point)))
     return partial(gymnasium.make, spec)
+
+
+def worker_state(model: Any, env: Environments) -> dict[str, np.ndarray]:
+    """What a worker's successor needs to go on where it is between two rollouts: arrays by name."""
+    obs, _ = split_mask(model._obs, model.observation_space, 0)
+    recordings = env.recordings()
+    starts = [None if one is None else {"random_state": one.random_state, "seed": one.seed} for one in recordings]
+    return {
+        "act_generator": model._act_generator.get_state().numpy(),
+        "update_generator": torch.get_rng_state().numpy(),
+        "return": model.episodes.running_return.copy(),
+        "length": model.episodes.running_length.copy(),
+        "starts": np.frombuffer(json.dumps(encode(starts)[0]).encode(), np.uint8),
+        **dict(leaves(copy_tree(obs), "obs")),
+        **{f"policy/{name}": array for name, array in model.policy.get_running_state().items()},
+        **{f"actions/{i}": one.actions for i, one in enumerate(recordings) if one is not None},
+    }
+
+
+def go_on(model: Any, env: Environments, state: Mapping[str, np.ndarray]) -> None:
+    """Begin a worker where another one left `state`. An environment that cannot be put back begins a new episode."""
+    model._act_generator.set_state(torch.as_tensor(state["act_generator"]))
+    torch.set_rng_state(torch.as_tensor(state["update_generator"]))
+    model.episodes.running_return = np.array(state["return"])
+    model.episodes.running_length = np.array(state["length"])
+    model.policy.set_running_state({name[7:]: array for name, array in state.items() if name.startswith("policy/")})
+    recordings = [
+        None if start is None else Recording(**start, actions=state[f"actions/{i}"])
+        for i, start in enumerate(decode(json.loads(bytes(state["starts"]))))
+    ]
+    obs = tree_like(space_tree(model.observation_space), dict(state), "obs")
+    model._obs, failed = env.put_back(recordings, obs, model.episodes.running_return, model._env_seed)
+    if failed:
+        model._cut_episodes(sorted(failed))

@@ -17,7 +17,7 @@ import struct
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -37,6 +37,9 @@ ROW = 8  # one row fills a cache line, so that workers do not slow each other do
 
 FREELY = 2**62
 """A TURN that never comes to an end."""
+
+WAKE, ASK_STATE = b".", b"?"
+"""What the parent calls to a worker that waits."""
 
 LOOK_SECONDS = 0.05
 """How often a worker reports, and how long the parent waits for a report."""
@@ -175,10 +178,15 @@ class SharedMemoryTransport:
         self._done: list[np.ndarray] = []
         self._infos: list[tuple[int, int, dict[str, Any]]] = []
 
-    def hold(self, policy: Trainable) -> None:
-        """Let a policy be the one whose weights and optimizer's statistics all workers share."""
+    def hold(self, policy: Trainable, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Begin: let a policy be the one whose weights and optimizer's statistics all workers share.
+
+        Args:
+            policy: theta, from now on in shared memory.
+            state: Gives what a successor needs to go on where this worker is between two rollouts.
+        """
         policy.live_in(self._memory.tensors)
-        self._shared = policy
+        self._shared, self._state = policy, state
         send(self._connection, ("ready", None))
 
     def begin(self) -> int:
@@ -192,17 +200,20 @@ class SharedMemoryTransport:
             self._tell()
             self._wait()
         self._tell()
+        send(self._connection, ("state", self._state()))
         return 0
 
     def _wait(self) -> None:
         """Until the parent wakes the worker, or a moment has passed."""
         if self._readable.poll(LOOK_SECONDS * 1000):
             try:
-                is_gone = not self._connection.recv(4096)
+                calls = self._connection.recv(4096)
             except OSError:
-                is_gone = True
-            if is_gone:
-                raise SystemExit  # the parent: nobody needs the work any more
+                calls = b""
+            if not calls:
+                raise SystemExit  # the parent is gone: nobody needs the work any more
+            if ASK_STATE in calls:
+                send(self._connection, ("state", self._state()))
 
     def count(self) -> int:
         return int(self._memory.flags[FIRST_STEP] + self._memory.rows[:, STEPS].sum())
@@ -274,9 +285,9 @@ def serve(memory_descriptor: int, socket_descriptor: int) -> None:
         (length,) = struct.unpack("<Q", stream.read(8))
         data = stream.read(length)
     try:
-        layout, n_workers, rank, launch, work = pickle.loads(data)
+        layout, n_workers, rank, launch, state, work = pickle.loads(data)
         transport = SharedMemoryTransport(SharedMemory(layout, n_workers, memory_descriptor), rank, connection)
-        work(transport, launch)
+        work(transport, launch, state)
     except Exception:
         with suppress(OSError):
             send(connection, ("error", traceback.format_exc()))

@@ -27,6 +27,7 @@ from sbac.guards import WorkerFault
 from sbac.transport import (
     ALL_GRANTED,
     ALLOWED,
+    ASK_STATE,
     BEAT,
     FREELY,
     LOOK_SECONDS,
@@ -35,9 +36,10 @@ from sbac.transport import (
     STOP,
     TURN,
     UPDATES,
+    WAKE,
     Report,
     SharedMemory,
-    Transport,
+    SharedMemoryTransport,
 )
 
 BEAT_SECONDS = 0.5
@@ -84,10 +86,10 @@ class _Process:
             self.socket.sendall(struct.pack("<Q", len(payload)) + payload)
         self.socket.setblocking(False)
 
-    def wake(self) -> None:
+    def call(self, what: bytes) -> None:
         """End the worker's wait, if it waits."""
         with suppress(OSError):  # full of earlier calls, or of a dead worker
-            self.socket.send(b".")
+            self.socket.send(what)
 
     def messages(self) -> Iterator[tuple[str, Any]]:
         """What arrived whole. Never waits for the rest: the worker may have been stopped in the midst of it.
@@ -123,16 +125,55 @@ class _Process:
         return self.process.wait()
 
 
+class WorkerStates:
+    """What workers leave behind, so that others can go on where they were: random states, episodes, environments.
+
+    Args:
+        n_workers: How many.
+
+    Attributes:
+        running: The workers that are asked for their states, while some run in turn.
+    """
+
+    def __init__(self, n_workers: int) -> None:
+        self.n_workers = n_workers
+        self.running: Workers | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Let all begin new episodes."""
+        self.by_rank: list[dict[str, np.ndarray] | None] = [None] * self.n_workers
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """All of them, as arrays, for a full checkpoint. Workers that run freely have none that fit together."""
+        if self.running is not None:
+            self.running.ask_states()
+        found = enumerate(self.by_rank)
+        return {f"{rank}/{name}": array for rank, state in found if state for name, array in state.items()}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Hold what `get_state` returned."""
+        self.clear()
+        if any(int(path.partition("/")[0]) >= self.n_workers for path in state):
+            return  # of more workers than there are now: all begin new episodes
+        for path, array in state.items():
+            rank, _, name = path.partition("/")
+            own = self.by_rank[int(rank)] = self.by_rank[int(rank)] or {}
+            own[name] = array
+
+
 class Workers:
     """Starts workers, grants them steps, gathers their reports, and replaces those that fail.
 
     Args:
-        work: ``work(transport, launch)``, run in each worker; sent by value.
+        work: ``work(transport, launch, state)``, run in each worker; sent by value.
         memory: The block that they share.
         total: Transitions to take, over all workers.
         rollout: Transitions of one rollout at most.
         n_envs: Environments of each worker.
         launches: How many workers were started before, so that none repeats another's random numbers.
+        states: Where workers go on, and what they leave in turn.
+        first_turn: How many rollouts there were before, so that the turns go on.
         max_restarts: How many workers may be replaced.
         timeout: Seconds without a step after which a worker counts as hanging.
         in_turn: Whether one worker at a time takes one rollout, or all run freely.
@@ -147,12 +188,14 @@ class Workers:
 
     def __init__(
         self,
-        work: Callable[[Transport, int], None],
+        work: Callable[[SharedMemoryTransport, int, Any], None],
         memory: SharedMemory,
         total: int,
         rollout: int,
         n_envs: int,
         launches: int,
+        states: WorkerStates,
+        first_turn: int,
         max_restarts: int,
         timeout: float,
         in_turn: bool,
@@ -163,7 +206,9 @@ class Workers:
         self._rollout, self._n_envs = rollout, n_envs
         self.launches = launches
         self._max_restarts, self._timeout = max_restarts, timeout
-        self._in_turn, self._rank_in_turn = in_turn, 0
+        self._in_turn, self._first_turn = in_turn, first_turn
+        self._rank_in_turn = first_turn % len(memory.rows)
+        self._states = states
         self._reported = np.zeros_like(memory.rows)
         self._looked_at = time.monotonic()
         self._processes: list[_Process] = []
@@ -179,7 +224,8 @@ class Workers:
             raise
 
     def _launch(self, rank: int) -> _Process:
-        whole = (self._memory.layout, len(self._memory.rows), rank, self.launches, self._work)
+        state = self._states.by_rank[rank]
+        whole = (self._memory.layout, len(self._memory.rows), rank, self.launches, state, self._work)
         try:
             payload = cloudpickle.dumps(whole)
         except Exception as error:
@@ -189,6 +235,7 @@ class Workers:
                 "make or open it itself"
             ) from error
         self.launches += 1
+        self._states.by_rank[rank] = None
         process = _Process(rank, self._memory, payload)
         self._selector.register(process.socket, selectors.EVENT_READ, process)
         return process
@@ -226,6 +273,18 @@ class Workers:
             found.append(self._replace(process, cause))
         return found
 
+    def ask_states(self) -> None:
+        """Let workers that wait for their turns tell their states. Those of workers that run would not fit together."""
+        self._states.clear()
+        if not self._in_turn:
+            return
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        for process in self._processes:
+            process.call(ASK_STATE)
+        while None in self._states.by_rank and time.monotonic() < deadline:
+            for key, _ in self._selector.select(LOOK_SECONDS):
+                self._read(key.data)
+
     def stop(self) -> list[Report]:
         """Let workers finish their rollouts and go; end those that do not go. Returns their last reports."""
         found: list[Report] = []
@@ -235,7 +294,7 @@ class Workers:
             waited_for = [process for process in self._processes if process.is_set_up]
             while waited_for and time.monotonic() < deadline:
                 for process in waited_for:
-                    process.wake()
+                    process.call(WAKE)
                 for key, _ in self._selector.select(LOOK_SECONDS):
                     reports, is_gone = self._read(key.data)
                     found.extend(reports)
@@ -260,24 +319,24 @@ class Workers:
             row, rank = rows[self._rank_in_turn], self._rank_in_turn
             if told[rank, UPDATES] == row[TURN]:
                 row[ALLOWED] = row[STEPS]  # what a rollout that ended with its episode did not need
-                rank = self._rank_in_turn = int(rows[:, TURN].sum()) % len(rows)
+                rank = self._rank_in_turn = (self._first_turn + int(rows[:, TURN].sum())) % len(rows)
                 left = self._total - int(rows[:, ALLOWED].sum())
                 if left:
                     self._memory.flags[ALL_GRANTED] = left <= self._rollout
                     rows[rank, ALLOWED] += min(self._rollout, left)
                     rows[rank, TURN] += 1
-                    self._processes[rank].wake()
+                    self._processes[rank].call(WAKE)
             return
         for row, process in zip(rows, self._processes, strict=True):
             left = self._total - int(rows[:, ALLOWED].sum())
             share = max(left // (2 * len(rows)) // self._rollout, 1) * self._rollout
             if left and row[ALLOWED] - row[STEPS] < max(share // 2, self._rollout):
                 row[ALLOWED] += min(share, left)
-                process.wake()
+                process.call(WAKE)
         if not self._memory.flags[ALL_GRANTED] and rows[:, ALLOWED].sum() == self._total:
             self._memory.flags[ALL_GRANTED] = 1
             for process in self._processes:
-                process.wake()
+                process.call(WAKE)
 
     def _read(self, process: _Process) -> tuple[list[Report], bool]:
         """The reports that a worker sent, and whether it is gone."""
@@ -291,6 +350,8 @@ class Workers:
                     process.is_set_up = True
                 elif kind == "error":
                     process.error = content
+                elif kind == "state":
+                    self._states.by_rank[process.rank] = content
         except EOFError:
             return found, True
         return found, False

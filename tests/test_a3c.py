@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import sbac
 from sbac import A2C, A3C, WorkerFault, evaluate_policy
-from sbac.callbacks import BaseCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from sbac.callbacks import BaseCallback, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
 from sbac.cli import main
 from sbac.envs import make_environments
 from sbac.logger import configure
@@ -236,6 +236,57 @@ def test_a_second_run_counts_on_and_draws_other_numbers():
         first._take_launch(launch)
         seeds.append((first._env_seed, first._act_generator.initial_seed(), first._update_state.sum().item()))
     assert len(set(seeds)) == 3
+
+
+class Stop(BaseCallback):
+    """Stops in the midst of things."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def _on_step(self) -> bool:
+        return self.num_timesteps < self.at
+
+
+def in_turn(**arguments: Any) -> A3C:
+    return A3C("MlpPolicy", lambda: Short(), deterministic=True, **{**SMALL, "n_workers": 2, "n_steps": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"n_workers": 3, "normalize_obs": True}, {"n_envs": 2, "policy_kwargs": {"dropout": 0.2}}]
+)
+def test_in_turn_a_run_that_is_stopped_saved_and_loaded_ends_as_one_that_was_not(arguments, tmp_path):
+    whole = in_turn(**arguments).learn(300)
+    stopped = in_turn(**arguments).learn(300, callback=Stop(at=130))
+    assert 130 <= stopped.num_timesteps < 140
+    stopped.save(tmp_path / "stopped", full=True)
+    left = 300 - stopped.num_timesteps
+    loaded = A3C.load(tmp_path / "stopped", env=lambda: Short())
+    for model in (stopped, loaded):
+        model.learn(left, reset_num_timesteps=False)
+        assert torch.equal(model.policy.flat, whole.policy.flat)
+        assert model.n_updates == whole.n_updates
+        assert [episode["r"] for episode in model.ep_info_buffer] == [episode["r"] for episode in whole.ep_info_buffer]
+    statistics = [model.policy.optimizer.state[model.policy.flat]["square_avg"] for model in (whole, loaded)]
+    assert torch.equal(*statistics)
+
+
+def test_in_turn_a_run_resumes_from_its_newest_checkpoint_exactly(tmp_path):
+    def run(steps: int, folder: str) -> A3C:
+        checkpoints = CheckpointCallback(save_freq=50, save_path=tmp_path / folder)
+        return in_turn().learn(steps, callback=checkpoints, resume=True)
+
+    whole = run(300, "whole")
+    in_turn().learn(300, callback=[CheckpointCallback(save_freq=50, save_path=tmp_path / "cut"), Stop(at=170)])
+    resumed = run(300, "cut")
+    assert resumed.num_timesteps == whole.num_timesteps == 300
+    assert torch.equal(resumed.policy.flat, whole.policy.flat)
+    # The wrong variant: without the workers' states they begin new episodes, and end elsewhere.
+    forgetful = A3C.load(next((tmp_path / "cut").glob("*_15?_steps.zip")), env=lambda: Short())
+    forgetful._worker_states.clear()
+    forgetful.learn(300 - forgetful.num_timesteps, reset_num_timesteps=False)
+    assert not torch.equal(forgetful.policy.flat, whole.policy.flat)
 
 
 # Workers that fail.

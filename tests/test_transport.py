@@ -59,7 +59,7 @@ def transports(n_workers: int, start: Net) -> tuple[SharedMemory, list[SharedMem
         transport = SharedMemoryTransport(memory, rank, theirs)
         transport.parent = ours  # type: ignore[attr-defined]
         theta = Net(seed=100 + rank)
-        transport.hold(theta)
+        transport.hold(theta, dict)
         made.append(transport)
     return memory, made
 
