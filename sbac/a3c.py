@@ -253,6 +253,7 @@ class A3C(BaseAlgorithm):
             first_step, first_update = self.num_timesteps, self.n_updates
             memory = SharedMemory.holding(self.policy.state_tensors(), self.n_workers, first_step)
             workers = self._worker_states.running = self._start_workers(memory)
+            self._n_launches = workers.launches
             self._worker_steps[:], self._row_time = 0, time.perf_counter()
             try:
                 while self.num_timesteps < self._total_timesteps:
@@ -262,7 +263,7 @@ class A3C(BaseAlgorithm):
                         self._count(report)
                         if not self._tell(callback, report):
                             return self
-                        self._worker_restarts = workers.restarts
+                        self._worker_restarts, self._n_launches = workers.restarts, workers.launches
                         self._dump_if_due(self._n_rollouts)
             finally:
                 for report in workers.stop():

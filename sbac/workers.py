@@ -234,7 +234,8 @@ class Workers:
                 f"holds something that belongs to this process ({type(error).__name__}: {error}); let the function "
                 "make or open it itself"
             ) from error
-        self.launches += 1
+        if state is None:  # else it goes on with its predecessor's random numbers
+            self.launches += 1
         self._states.by_rank[rank] = None
         process = _Process(rank, self._memory, payload)
         self._selector.register(process.socket, selectors.EVENT_READ, process)

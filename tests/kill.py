@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sbac import A2C, DDPG, TD3
+from sbac import A2C, A3C, DDPG, TD3
 from sbac.archive import read_archive
 from sbac.base import BaseAlgorithm
 from sbac.callbacks import CheckpointCallback, EvalCallback
@@ -27,6 +27,7 @@ from sbac.logger import configure
 OFF_POLICY: dict[str, Any] = {"learning_starts": 100, "batch_size": 32, "buffer_size": 5_000}
 TASKS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
     "a2c": (A2C, "CartPole-v1", {"n_envs": 4}),
+    "a3c": (A3C, "CartPole-v1", {"n_workers": 2, "deterministic": True}),
     "ddpg": (DDPG, "Pendulum-v1", OFF_POLICY),
     "td3": (TD3, "Hopper-v5", {**OFF_POLICY, "normalize_obs": True, "normalize_reward": True}),
 }

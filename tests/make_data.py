@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sbac import A2C, DDPG, TD3
+from sbac import A2C, A3C, DDPG, TD3
 from sbac.archive import FORMAT_VERSION
 from sbac.base import BaseAlgorithm
 from sbac.schedules import LinearSchedule
@@ -20,6 +20,7 @@ SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [4]}, "seed": 0}
 REPLAY: dict[str, Any] = {"learning_starts": 8, "batch_size": 4, "buffer_size": 20, "n_steps": 2}
 MODELS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
     "a2c": (A2C, "CartPole-v1", {"n_envs": 2, "learning_rate": LinearSchedule(1e-3, 1e-4)}),
+    "a3c": (A3C, "CartPole-v1", {"n_workers": 2, "n_steps": 7, "deterministic": True}),
     "ddpg": (DDPG, "Pendulum-v1", REPLAY),
     "td3": (TD3, "Pendulum-v1", {**REPLAY, "normalize_obs": True, "layer_norm": True}),
 }

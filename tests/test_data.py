@@ -35,7 +35,10 @@ def test_a_file_of_an_earlier_version_predicts_as_it_did_and_trains_on(path: Pat
     assert model.num_timesteps == 14
     assert model.n_envs == arguments.get("n_envs", 1)
     for name, buffer in model._buffers().items():
-        assert buffer.size() == (4 if name == "rollout_buffer" else 14)
+        if name == "workers":
+            assert all(state is not None for state in buffer.by_rank)
+        else:
+            assert buffer.size() == (4 if name == "rollout_buffer" else 14)
     before = model.n_updates
     model.learn(20, reset_num_timesteps=False)
     assert model.num_timesteps == 34 and model.n_updates > before

@@ -493,7 +493,7 @@ def test_a_callback_whose_state_is_no_data_is_named(tmp_path: Path) -> None:
         model.learn(10, callback=[Strange(), checkpoints])
 
 
-@pytest.mark.parametrize(("task", "steps"), [("a2c", 4_000), ("ddpg", 900), ("td3", 700)])
+@pytest.mark.parametrize(("task", "steps"), [("a2c", 4_000), ("a3c", 2_000), ("ddpg", 900), ("td3", 700)])
 def test_a_process_killed_at_random_moments_ends_as_one_never_killed(task: str, steps: int, tmp_path: Path) -> None:
     """A short version of what `tests.kill` does by hand."""
     assert kill_test(task, steps, n_kills=3, seed=0, folder=tmp_path) == []

@@ -25,7 +25,7 @@ from sbac.callbacks import BaseCallback
 
 HERE = Path(__file__).parent
 SECONDS = 0.02
-N, STEPS, SEEDS = 8, 60_000, (0, 1, 2)
+N, STEPS, SEEDS = 8, 40_000, (0, 1, 2)
 COMMON = {"learning_rate": 7e-4, "n_steps": 5, "ent_coef": 0.01}
 
 
