@@ -481,6 +481,10 @@ class BaseAlgorithm(metaclass=Constructed):
                     f"the environment has {given}"
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no training: callbacks hold what cannot be copied, such as files and whole modules.
+        return {**self.__dict__, "_callback": None, "_deferred": []}
+
     def close(self) -> None:
         """Close environments and logger."""
         if self.env is not None:
