@@ -279,12 +279,15 @@ class Workers:
         self._states.clear()
         if not self._in_turn:
             return
-        deadline = time.monotonic() + FAREWELL_SECONDS
+        deadline = time.monotonic() + SET_UP_SECONDS  # at the very beginning some may not be there yet
+        waited_for = set(self._processes)
         for process in self._processes:
             process.call(ASK_STATE)
-        while None in self._states.by_rank and time.monotonic() < deadline:
+        while waited_for and time.monotonic() < deadline:
             for key, _ in self._selector.select(LOOK_SECONDS):
-                self._read(key.data)
+                _, is_gone = self._read(key.data)
+                if is_gone or self._states.by_rank[key.data.rank] is not None:
+                    waited_for.discard(key.data)
 
     def stop(self) -> list[Report]:
         """Let workers finish their rollouts and go; end those that do not go. Returns their last reports."""

@@ -3,8 +3,8 @@
 CartPole-v1 whose every step sleeps for 0 to 20 ms, drawn anew each time, as a simulator, a game or a robot may. Eight
 environments in eight processes for both: A2C waits for the slowest of them at each step, A3C for none.
 
-    python docs/results/uneven_steps.py            # trains; writes uneven_steps.csv beside this file
-    python docs/results/uneven_steps.py --plot     # draws uneven_steps.svg from it
+    python -m tests.benchmarks.uneven_steps            # trains; writes docs/results/uneven_steps.csv
+    python -m tests.benchmarks.uneven_steps --plot     # draws docs/results/uneven_steps.svg from it
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from sbac import A2C, A3C
 from sbac.callbacks import BaseCallback
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2] / "docs/results"
 SECONDS = 0.02
 N, STEPS, SEEDS = 8, 40_000, (0, 1, 2)
 COMMON = {"learning_rate": 7e-4, "n_steps": 5, "ent_coef": 0.01}
@@ -75,6 +75,7 @@ def train() -> None:
         with A2C("MlpPolicy", env, seed=seed, **COMMON) as model:
             model.learn(STEPS, callback=a2c)
         rows += a3c.rows + a2c.rows
+        HERE.mkdir(exist_ok=True)
         print(seed, a3c.rows[-1], a2c.rows[-1], flush=True)
         with (HERE / "uneven_steps.csv").open("w", newline="") as file:
             writer = csv.writer(file)
