@@ -378,6 +378,7 @@ def run_script(tmp_path: Path, text: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(sbac.__file__).parents[1])},
     )
