@@ -109,7 +109,8 @@ class A3C(BaseAlgorithm):
         deterministic: Run the workers in turn, one rollout each: the same seed gives the same weights, bit for bit, at
             the price of the parallel work.
         max_worker_restarts: How many workers that raise, die or hang are replaced in one call of `learn`.
-        worker_timeout: Seconds without a step after which a worker counts as hanging, above 0.
+        worker_timeout: Seconds without a step after which a worker counts as hanging, above 0. Starting may take a
+            minute at least.
         rollout_buffer_class: Derived from `RolloutBuffer`, in its place.
         rollout_buffer_kwargs: Its further arguments.
         stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
@@ -250,29 +251,35 @@ class A3C(BaseAlgorithm):
             if self.num_timesteps == 0:
                 self._worker_states.clear()
             # The weights, the optimizer's statistics and the count live in shared memory while workers learn.
-            first_step, first_update = self.num_timesteps, self.n_updates
+            first_step, first_update, first_rollout = self.num_timesteps, self.n_updates, self._n_rollouts
             memory = SharedMemory.holding(self.policy.state_tensors(), self.n_workers, first_step)
-            workers = self._worker_states.running = self._start_workers(memory)
-            self._n_launches = workers.launches
             self._worker_steps[:], self._row_time = 0, time.perf_counter()
             try:
-                while self.num_timesteps < self._total_timesteps:
-                    for report in workers.reports():
-                        # Callbacks see the weights as they are now; nothing here ever moves them.
-                        memory.copy_to(self.policy.state_tensors())
-                        self._count(report)
-                        if not self._tell(callback, report):
-                            return self
-                        self._worker_restarts, self._n_launches = workers.restarts, workers.launches
+                workers = self._start_workers(memory)
+                try:
+                    while self.num_timesteps < self._total_timesteps:
+                        reports = workers.reports()
+                        self._n_launches, self._worker_restarts = workers.launches, workers.restarts
+                        if reports:
+                            # Callbacks see the weights as they are now; nothing here ever moves them.
+                            memory.copy_to(self.policy.state_tensors())
+                        for report in reports:
+                            self._count(report)
+                        for report in reports:
+                            if not self._tell(callback, report):
+                                return self
                         self._dump_if_due(self._n_rollouts)
+                finally:
+                    self._worker_states.running = None
+                    try:
+                        for report in workers.stop():
+                            self._count(report)
+                    finally:
+                        memory.copy_to(self.policy.state_tensors())
+                        self.num_timesteps = first_step + workers.steps
+                        self.n_updates = first_update + workers.updates
+                        self._n_rollouts = first_rollout + workers.updates
             finally:
-                for report in workers.stop():
-                    self._count(report)
-                self._worker_states.running = None
-                memory.copy_to(self.policy.state_tensors())
-                self.num_timesteps = first_step + workers.steps
-                self.n_updates = first_update + workers.updates
-                self._n_launches = workers.launches
                 memory.close()
         return self
 
@@ -330,7 +337,7 @@ class A3C(BaseAlgorithm):
         known = Spaces(self.observation_space, self.action_space, self.n_envs)
         frozen = [name for name, parameter in self.policy.named_parameters() if not parameter.requires_grad]
         work = partial(_work, type(self), arguments, known, self.env.factory, self._total_timesteps, frozen)
-        return Workers(
+        workers = Workers(
             work,
             memory,
             total=self._total_timesteps - self.num_timesteps,
@@ -343,6 +350,8 @@ class A3C(BaseAlgorithm):
             timeout=self.worker_timeout,
             in_turn=self.deterministic,
         )
+        self._worker_states.running, self._n_launches = workers, workers.launches
+        return workers
 
     def _count(self, report: Report) -> None:
         """Take over the numbers of a report: updates, episodes, speed."""
@@ -356,7 +365,7 @@ class A3C(BaseAlgorithm):
 
     def _tell(self, callback: BaseCallback, report: Report) -> bool:
         """Go through the steps of a report with the callback; returns whether training goes on."""
-        until = self.num_timesteps + report.steps
+        until, goes_on = self.num_timesteps + report.steps, True
         if self._is_watched and len(report.reward):
             callback.on_rollout_start()
             infos: list[list[dict[str, Any]]] = [[{} for _ in range(self.n_envs)] for _ in report.reward]
@@ -365,13 +374,15 @@ class A3C(BaseAlgorithm):
             for k, (reward, done) in enumerate(zip(report.reward, report.done, strict=True)):
                 self.num_timesteps += self.n_envs
                 callback.update_locals({"rewards": reward, "dones": done, "infos": infos[k], "worker": report.worker})
-                if not callback.on_step():
-                    return False
-            callback.on_rollout_end()
+                goes_on = callback.on_step()
+                if not goes_on:
+                    break
+            else:
+                callback.on_rollout_end()
         self.num_timesteps = until
         while self._deferred:
             self._deferred.pop(0)()
-        return True
+        return goes_on
 
     def _take_launch(self, launch: int) -> None:
         """Draw, from now on, the random numbers of the worker that was started as number `launch` of this model.
@@ -390,6 +401,10 @@ class A3C(BaseAlgorithm):
     @classmethod
     def open_environments(cls, env: EnvironmentLike, n_envs: int) -> Any:
         return env if isinstance(env, RemoteEnvironments) else RemoteEnvironments(env, n_envs)
+
+    def set_env(self, env: EnvironmentLike, force_reset: bool = True) -> None:
+        super().set_env(env, force_reset)
+        self._worker_states.clear()
 
     def _start_episodes(self, env: Any) -> None:
         self._reset_count = env.reset_count
@@ -441,7 +456,9 @@ def _work(
             model._obs = env.reset(model._env_seed)
             model.policy.begin_episodes()
         else:
+            model._env_seed += shared.rank  # for environments that cannot be put back: no two begin alike
             go_on(model, env, state)
+        shared.be_ready()
         actor_learner(model, env, shared)
     finally:
         env.close()

@@ -466,10 +466,10 @@ class Trainable(nn.Module):
         """All that a network in training consists of: ``flat``, what is frozen, buffers, the optimizer's statistics.
 
         Raises:
-            ValueError: The optimizer does not keep its statistics in the same tensors from step to step.
+            ValueError: The optimizer's statistics cannot be shared; see `initial_state`.
         """
         self._lay_if_moved()
-        if not self.optimizer.state.get(self.flat):
+        if self.flat not in self.optimizer.state:
             self.optimizer.state[self.flat] = initial_state(self.optimizer)
         statistics = self.optimizer.state[self.flat]
         return {
@@ -498,11 +498,25 @@ class Trainable(nn.Module):
     def step_along(self, other: Trainable) -> None:
         """`step` along the gradient that a network of the same form computed, and take in its buffers.
 
+        The step is made on a copy, so that those who share the parameters never see numbers that are not finite, and
+        what they wrote in the meantime is kept.
+
         Raises:
             NotFiniteError: As `step`.
         """
+        shared = self.flat.data
+        before = shared.clone()
+        self.flat.data = before.clone()
         self._gradient.copy_(other._gradient)
-        self.step()
+        try:
+            self.step()
+            after = self.flat.data
+        finally:
+            self.flat.data = shared
+        if torch.equal(shared, before):
+            shared.copy_(after)  # exactly the numbers of the optimizer
+        else:
+            shared.add_(after - before)
         self.take_in_buffers(other)
 
     def take_in_buffers(self, other: Trainable) -> None:

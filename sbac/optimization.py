@@ -22,26 +22,43 @@ def initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         By name; entries that are no tensors as they are after a step.
 
     Raises:
-        ValueError: It keeps its statistics in other tensors after a further step, so that they cannot be shared.
+        ValueError: It keeps statistics in new tensors from step to step, in numbers, or begins with other ones.
     """
-    trial = copy.deepcopy(optimizer)
-    parameter = trial.param_groups[0]["params"][0]
-    trial.state.clear()
-    parameter.grad = torch.zeros_like(parameter)
-    trial.step()
-    first = dict(trial.state[parameter])
-    trial.step()
-    for name, value in first.items():
-        if isinstance(value, Tensor) and trial.state[parameter][name] is not value:
-            raise ValueError(
-                f"{type(optimizer).__name__} makes a new tensor for its {name!r} at each step, so that processes "
-                "cannot share it; one that works in place, such as torch.optim.RMSprop or Adam, can be shared"
-            )
+    own, shared = _trial(optimizer), _trial(optimizer)
+    parameter, twin = own.param_groups[0]["params"][0], shared.param_groups[0]["params"][0]
+    own.step()
+    first = dict(own.state[parameter])
     values: Mapping[str, float] = getattr(optimizer, "initial_values", {})
-    return {
+    state = {
         name: torch.full_like(value, values.get(name, 0.0)) if isinstance(value, Tensor) else value
         for name, value in first.items()
     }
+    # Begun with this state, it must do what it does by itself, and go on in the same tensors.
+    shared.state[twin] = dict(state)
+    initial = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    shared.step()
+    own_after, twin_after = own.state[parameter], shared.state[twin]
+    is_shareable = torch.equal(parameter, twin) and all(
+        torch.equal(own_after[name], twin_after[name]) and twin_after[name] is value
+        if isinstance(value, Tensor)
+        else own_after[name] == twin_after[name] == value
+        for name, value in state.items()
+    )
+    if not is_shareable:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps statistics that processes cannot share: they begin with other numbers "
+            "than 0, or are no tensors that are changed in place; torch.optim.RMSprop and Adam can be shared"
+        )
+    return initial
+
+
+def _trial(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy at its beginning, with a gradient to step along."""
+    trial = copy.deepcopy(optimizer)
+    parameter = trial.param_groups[0]["params"][0]
+    trial.state.clear()
+    parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
+    return trial
 
 
 class RMSpropTFLike(torch.optim.Optimizer):

@@ -55,6 +55,7 @@ class Report(NamedTuple):
     reward: np.ndarray  # (k, n_envs): of each step of the worker's environments
     done: np.ndarray  # (k, n_envs) bool
     infos: list[tuple[int, int, dict[str, Any]]]  # step, environment and info of each episode that ended
+    pickled_infos: bytes | None = None  # the same with all that environments sent, where that could be pickled
 
 
 class Transport(Protocol):
@@ -108,7 +109,7 @@ class SharedMemory:
         for name, (shape, dtype) in self.layout.items():
             offsets[name] = size
             size += -(-math.prod(shape) * dtype.itemsize // 64) * 64
-        self.descriptor = _anonymous_file(size) if descriptor is None else descriptor
+        self.descriptor = anonymous_file(size) if descriptor is None else descriptor
         block = mmap.mmap(self.descriptor, size)
         table = np.frombuffer(block, np.int64, counters).reshape(n_workers + 1, ROW)
         self.flags, self.rows = table[0], table[1:]
@@ -140,7 +141,7 @@ class SharedMemory:
         os.close(self.descriptor)
 
 
-def _anonymous_file(size: int) -> int:
+def anonymous_file(size: int) -> int:
     """A file in memory without a name, so that nothing of it can be left behind."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("sbac")
@@ -158,14 +159,16 @@ class SharedMemoryTransport:
         memory: The block.
         rank: Of the worker, which writes to its own row only.
         connection: To the parent.
+
+    All that sends or waits raises SystemExit where the parent is gone, since nobody needs the work any more.
     """
 
     def __init__(self, memory: SharedMemory, rank: int, connection: socket.socket) -> None:
         self._memory, self._row, self._connection = memory, memory.rows[rank], connection
-        self._rank = rank
-        self._readable, self._writable = select.poll(), select.poll()
+        self.rank = rank
+        self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
-        self._writable.register(connection, select.POLLOUT)
+        self._outbox = bytearray()
         self._shared: Trainable | None = None
         self._version = 0
         self._told_at = time.monotonic()
@@ -179,7 +182,7 @@ class SharedMemoryTransport:
         self._infos: list[tuple[int, int, dict[str, Any]]] = []
 
     def hold(self, policy: Trainable, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        """Begin: let a policy be the one whose weights and optimizer's statistics all workers share.
+        """Let a policy be the one whose weights and optimizer's statistics all workers share.
 
         Args:
             policy: theta, from now on in shared memory.
@@ -187,7 +190,10 @@ class SharedMemoryTransport:
         """
         policy.live_in(self._memory.tensors)
         self._shared, self._state = policy, state
-        send(self._connection, ("ready", None))
+
+    def be_ready(self) -> None:
+        """Say that all is made: from now on, steps are expected."""
+        self._send("ready", None)
 
     def begin(self) -> int:
         row, flags = self._row, self._memory.flags
@@ -200,7 +206,7 @@ class SharedMemoryTransport:
             self._tell()
             self._wait()
         self._tell()
-        send(self._connection, ("state", self._state()))
+        self._send("state", self._state())
         return 0
 
     def _wait(self) -> None:
@@ -213,7 +219,7 @@ class SharedMemoryTransport:
             if not calls:
                 raise SystemExit  # the parent is gone: nobody needs the work any more
             if ASK_STATE in calls:
-                send(self._connection, ("state", self._state()))
+                self._send("state", self._state())
 
     def count(self) -> int:
         return int(self._memory.flags[FIRST_STEP] + self._memory.rows[:, STEPS].sum())
@@ -245,25 +251,41 @@ class SharedMemoryTransport:
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._sums["staleness"] = self._sums.get("staleness", 0.0) + staleness
         is_due = time.monotonic() - self._told_at >= LOOK_SECONDS or self._row[TURN] < FREELY
-        # Where the parent does not read for a while, training goes on and the report grows.
-        if is_due and self._writable.poll(0):
-            self._tell()
+        # Where the parent does not read for a while, training goes on and the next report grows.
+        if is_due:
+            if self._outbox:
+                self._flush(wait=False)
+            if not self._outbox:
+                self._tell(wait=False)
 
-    def _tell(self) -> None:
+    def _tell(self, wait: bool = True) -> None:
         if self._updates:
             sums = {name: float(value) for name, value in self._sums.items()}
             reward, done = np.array(self._reward), np.array(self._done)
-            told = Report(self._rank, self._steps, self._updates, sums, reward, done, self._infos)
+            plain = [(step, i, _plain(info)) for step, i, info in self._infos]
             try:
-                send(self._connection, ("report", told))
-            except ConnectionError:
-                raise SystemExit from None  # as above
-            except Exception:
-                # An environment may put into its infos what no other process can hold.
-                plain = [(step, i, _plain(info)) for step, i, info in self._infos]
-                send(self._connection, ("report", told._replace(infos=plain)))
+                pickled = cloudpickle.dumps(self._infos)
+            except Exception:  # environments may put in what no other process can hold
+                pickled = None
+            told = Report(self.rank, self._steps, self._updates, sums, reward, done, plain, pickled)
+            self._send("report", told, wait)
             self._forget()
         self._told_at = time.monotonic()
+
+    def _send(self, kind: str, content: Any, wait: bool = True) -> None:
+        self._outbox += message(kind, content)
+        self._flush(wait)
+
+    def _flush(self, wait: bool) -> None:
+        """Send what is to be sent, all of it or, without waiting, what the parent has room for."""
+        try:
+            while self._outbox:
+                sent = self._connection.send(self._outbox, 0 if wait else socket.MSG_DONTWAIT)
+                del self._outbox[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise SystemExit from None  # the parent is gone
 
 
 def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,24 +293,25 @@ def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
     return {name: info[name] for name in names if name in info}
 
 
-def send(connection: socket.socket, message: Any) -> None:
-    """Send a message of any size."""
-    data = cloudpickle.dumps(message)
-    connection.sendall(struct.pack("<Q", len(data)) + data)
+def message(kind: str, content: Any) -> bytes:
+    """A message as it goes through a socket: its length, and a pickle."""
+    data = cloudpickle.dumps((kind, content))
+    return struct.pack("<Q", len(data)) + data
 
 
-def serve(memory_descriptor: int, socket_descriptor: int) -> None:
+def serve(memory_descriptor: int, socket_descriptor: int, payload_descriptor: int) -> None:
     """What a worker process runs, from its start to its end."""
     torch.set_num_threads(1)
+    for descriptor in (memory_descriptor, socket_descriptor):
+        os.set_inheritable(descriptor, False)  # programs that an environment starts must not keep them open
     connection = socket.socket(fileno=socket_descriptor)
-    with connection.makefile("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        data = stream.read(length)
+    with os.fdopen(payload_descriptor, "rb") as file:
+        data = file.read()
     try:
         layout, n_workers, rank, launch, state, work = pickle.loads(data)
         transport = SharedMemoryTransport(SharedMemory(layout, n_workers, memory_descriptor), rank, connection)
         work(transport, launch, state)
     except Exception:
         with suppress(OSError):
-            send(connection, ("error", traceback.format_exc()))
+            connection.sendall(message("error", traceback.format_exc()))
         raise SystemExit(1) from None

@@ -40,6 +40,7 @@ from sbac.transport import (
     Report,
     SharedMemory,
     SharedMemoryTransport,
+    anonymous_file,
 )
 
 BEAT_SECONDS = 0.5
@@ -64,9 +65,15 @@ class _Process:
         self._arrived = bytearray()
 
         self.socket, theirs = socket.socketpair()
+        self.socket.setblocking(False)
+        given = anonymous_file(len(payload))
+        with os.fdopen(os.dup(given), "wb") as file:
+            file.write(payload)
+        os.lseek(given, 0, os.SEEK_SET)
+        path = [entry for entry in sys.path if isinstance(entry, str)]
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from sbac.transport import serve; serve({memory.descriptor}, {theirs.fileno()})"
+            f"import sys; sys.path[:] = {path!r}; "
+            f"from sbac.transport import serve; serve({memory.descriptor}, {theirs.fileno()}, {given})"
         )
         # One thread each, whatever library the environment computes with.
         threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}
@@ -76,15 +83,13 @@ class _Process:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 env={**os.environ, **threads},
-                pass_fds=(memory.descriptor, theirs.fileno()),
+                pass_fds=(memory.descriptor, theirs.fileno(), given),
                 stdin=subprocess.DEVNULL,
             )
         finally:
             theirs.close()
+            os.close(given)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        with suppress(OSError):  # where it died at once, the next look at it says so
-            self.socket.sendall(struct.pack("<Q", len(payload)) + payload)
-        self.socket.setblocking(False)
 
     def call(self, what: bytes) -> None:
         """End the worker's wait, if it waits."""
@@ -184,6 +189,7 @@ class Workers:
 
     Raises:
         TypeError: `work` cannot be sent.
+        OSError: No process can be started.
     """
 
     def __init__(
@@ -259,18 +265,19 @@ class Workers:
         """
         self._grant()
         found: list[Report] = []
-        failed: list[tuple[_Process, str]] = []
+        failed: dict[_Process, str] = {}
         for key, _ in self._selector.select(LOOK_SECONDS):
             reports, is_gone = self._read(key.data)
             found.extend(reports)
             if is_gone:
                 self._selector.unregister(key.fileobj)
-                failed.append((key.data, _cause(key.data)))
-        for process in self._silent():
-            self._selector.unregister(process.socket)
-            process.end()
-            failed.append((process, f"took no step for {self._patience(process):g} seconds and was ended"))
-        for process, cause in failed:
+                failed[key.data] = _cause(key.data)
+        for process, cause in self._silent():
+            if process not in failed:
+                self._selector.unregister(process.socket)
+                process.end()
+                failed[process] = cause
+        for process, cause in failed.items():
             found.append(self._replace(process, cause))
         return found
 
@@ -288,11 +295,15 @@ class Workers:
                 _, is_gone = self._read(key.data)
                 if is_gone or self._states.by_rank[key.data.rank] is not None:
                     waited_for.discard(key.data)
+        missing = [rank for rank, state in enumerate(self._states.by_rank) if state is None]
+        if missing:
+            warnings.warn(f"workers {missing} did not tell their states: a resumed run begins them anew", stacklevel=2)
 
     def stop(self) -> list[Report]:
         """Let workers finish their rollouts and go; end those that do not go. Returns their last reports."""
         found: list[Report] = []
         try:
+            self._states.clear()
             self._memory.flags[STOP] = 1
             deadline = time.monotonic() + FAREWELL_SECONDS
             waited_for = [process for process in self._processes if process.is_set_up]
@@ -307,6 +318,8 @@ class Workers:
                         key.data.is_done = True
                 waited_for = [process for process in waited_for if not process.is_done]
         finally:
+            for process in self._processes:
+                process.process.kill()  # all of them first, should somebody lose patience here
             for process in self._processes:
                 process.end()
             self._selector.close()
@@ -349,7 +362,7 @@ class Workers:
             for kind, content in process.messages():
                 if kind == "report":
                     self._reported[process.rank, [STEPS, UPDATES]] += (content.steps, content.updates)
-                    found.append(content)
+                    found.append(_opened(content))
                 elif kind == "ready":
                     process.is_set_up = True
                 elif kind == "error":
@@ -379,12 +392,17 @@ class Workers:
                 f"are those of the last update{detail}"
             )
         self.restarts += 1
+        self._states.by_rank[rank] = None
+        if not self._in_turn:
+            # What it was granted and did not take is for whoever has time.
+            rows[rank, ALLOWED] = rows[rank, STEPS]
+            self._memory.flags[ALL_GRANTED] = 0
         warnings.warn(f"{happened}; replaced ({self.restarts} of {self._max_restarts}){detail}", stacklevel=4)
         self._processes[rank] = self._launch(rank)
         return self._untold(rank)
 
-    def _silent(self) -> list[_Process]:
-        """Workers that have shown no life for too long."""
+    def _silent(self) -> list[tuple[_Process, str]]:
+        """Workers that have shown no life for too long, or died while a child of theirs holds the socket."""
         now = time.monotonic()
         if now - self._looked_at < BEAT_SECONDS:
             return []
@@ -395,17 +413,36 @@ class Workers:
             beat = int(self._memory.rows[process.rank, BEAT])
             process.silent_seconds = process.silent_seconds + passed if beat == process.last_beat else 0.0
             process.last_beat = beat
-        return [process for process in self._processes if process.silent_seconds > self._patience(process)]
+        found: list[tuple[_Process, str]] = []
+        for process in self._processes:
+            code, patience = process.process.poll(), self._patience(process)
+            if code is not None:
+                found.append((process, _ended_by(code)))
+            elif process.silent_seconds > patience:
+                found.append((process, f"took no step for {patience:g} seconds and was ended"))
+        return found
 
     def _patience(self, process: _Process) -> float:
         return self._timeout if process.is_set_up else max(self._timeout, SET_UP_SECONDS)
 
 
+def _opened(report: Report) -> Report:
+    """A report with all that environments sent, where this process can hold it."""
+    if report.pickled_infos is None:
+        return report
+    try:
+        return report._replace(infos=pickle.loads(report.pickled_infos), pickled_infos=None)
+    except Exception:  # of whatever the classes in it do
+        return report
+
+
 def _cause(process: _Process) -> str:
     """See off a worker that left, and say why it did."""
     code = process.end(patience=5.0)
-    if process.error:
-        return "raised an error"
+    return "raised an error" if process.error else _ended_by(code)
+
+
+def _ended_by(code: int) -> str:
     if code >= 0:
         return f"exited with code {code}"
     try:

@@ -289,6 +289,21 @@ def test_in_turn_a_run_resumes_from_its_newest_checkpoint_exactly(tmp_path):
     assert not torch.equal(forgetful.policy.flat, whole.policy.flat)
 
 
+def test_what_callbacks_put_off_is_done_when_one_of_them_stops_the_run(tmp_path):
+    model = A3C("MlpPolicy", lambda: Short(), n_workers=1, **SMALL)
+    model.learn(1e9, callback=[CheckpointCallback(save_freq=20, save_path=tmp_path), Stop(at=20)])
+    (path,) = tmp_path.glob("*.zip")
+    assert A3C.load(path).num_timesteps >= 20
+
+
+def test_other_environments_begin_new_episodes():
+    model = in_turn().learn(30)
+    assert all(state is not None for state in model._worker_states.by_rank)
+    model.set_env(lambda: Short(length=3))
+    model.learn(30, reset_num_timesteps=False)
+    assert model.ep_info_buffer[-1]["l"] == 3
+
+
 # Workers that fail.
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import pickle
 import socket
 import struct
-import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,40 @@ def transports(n_workers: int, start: Net) -> tuple[SharedMemory, list[SharedMem
 
 def loss_of(net: Net, x: Tensor) -> Tensor:
     return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.Rprop, torch.optim.ASGD])
+def test_optimizers_whose_statistics_begin_elsewhere_are_refused(optimizer):
+    net = Net(seed=0)
+    net.set_optimizer(optimizer, LEARNING_RATE)
+    with pytest.raises(ValueError, match=f"{optimizer.__name__} keeps statistics that processes cannot share"):
+        net.state_tensors()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW])
+def test_optimizers_whose_statistics_begin_at_zero_are_shared(optimizer):
+    net = Net(seed=0)
+    net.set_optimizer(optimizer, LEARNING_RATE)
+    assert "flat" in net.state_tensors()
+
+
+def test_a_push_keeps_what_others_wrote_in_the_meantime(monkeypatch):
+    memory, (worker,) = transports(1, Net(seed=0))
+    start = memory.tensors["flat"].clone()
+    local = Net(seed=0)
+    local.gradient(loss_of(local, torch.ones(4, 3)))
+    step = worker._shared.step
+
+    def interrupted() -> None:
+        step()
+        memory.tensors["flat"] += 1.0  # another worker's push, while the step is computed
+
+    monkeypatch.setattr(worker._shared, "step", interrupted)
+    worker.push(local, LEARNING_RATE)
+    alone = Net(seed=0)
+    alone.gradient(loss_of(alone, torch.ones(4, 3)))
+    alone.step()
+    assert torch.allclose(memory.tensors["flat"] - start, alone.flat.detach() - start + 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -135,7 +171,7 @@ def test_what_an_optimizer_keeps_in_new_tensors_cannot_be_shared():
 
     net = Net(seed=0)
     net.set_optimizer(Renewing, LEARNING_RATE, {"fused": False})
-    with pytest.raises(ValueError, match=r"Renewing makes a new tensor for its 'sum'"):
+    with pytest.raises(ValueError, match=r"Renewing keeps statistics that processes cannot share"):
         net.state_tensors()
 
 
@@ -209,20 +245,13 @@ def test_rewards_ends_and_infos_are_reported_and_infos_that_cannot_be_sent_are_c
     worker.report(4, {"loss": torch.tensor(2.0)})
     worker._tell()
     data = worker.parent.recv(1 << 20)
-    kind, report = pickle.loads(_second_message(data))
+    kind, report = pickle.loads(data[8:])
     assert kind == "report"
     assert report[:4] == (0, 4, 1, {"loss": 2.0, "staleness": 0.0})
     assert report.reward.tolist() == [[1.5, 0.5], [0.5, 0.5]]
     assert report.done.tolist() == [[False, False], [False, True]]
     assert report.infos == [(1, 1, {"episode": {"r": 2.0, "l": 2, "t": 0.0}, "is_success": True})]
-
-
-def _second_message(data: bytes) -> bytes:
-    """After "ready"."""
-    (length,) = struct.unpack_from("<Q", data)
-    rest = data[8 + length :]
-    (length,) = struct.unpack_from("<Q", rest)
-    return rest[8 : 8 + length]
+    assert report.pickled_infos is None
 
 
 def test_a_message_that_is_cut_off_is_never_waited_for():
@@ -251,7 +280,10 @@ def test_shared_memory_holds_tensors_of_every_kind_and_leaves_nothing_behind():
         "none": torch.zeros(0, 3),
         "flags": torch.tensor([True, False]),
     }
+    gc.collect()
+    before = open_blocks()
     memory = SharedMemory.holding(tensors, 2, first_step=9)
+    assert open_blocks() > before
     second = SharedMemory(memory.layout, 2, memory.descriptor)
     memory.tensors["flat"][1] = 70
     memory.rows[1, STEPS] = 12
@@ -264,5 +296,15 @@ def test_shared_memory_holds_tensors_of_every_kind_and_leaves_nothing_behind():
     second.copy_to(copies)
     assert torch.equal(copies["count"], tensors["count"])
     memory.close()
-    listing = subprocess.run(["ls", "/dev/shm"], capture_output=True, text=True).stdout
-    assert "sbac" not in listing
+    del memory, second
+    gc.collect()
+    assert open_blocks() == before
+
+
+def open_blocks() -> int:
+    """How many blocks of shared memory this process holds open."""
+    found = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the listing itself
+            found += "memfd:sbac" in os.readlink(f"/proc/self/fd/{descriptor}")
+    return found
