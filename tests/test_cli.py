@@ -146,7 +146,7 @@ def test_set_overrides_the_recipe(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ("train a3d CartPole-v1", ["unknown algorithm 'a3d'", "a2c"]),
+        ("train a3d CartPole-v1", ["unknown algorithm 'a3d'", "'a3c'"]),
         ("train a2c CartPol-v1", ["unknown environment 'CartPol-v1'", "'CartPole-v1'"]),
         ("train a2c CartPole-v1 --policy MlpPolcy", ["no policy 'MlpPolcy'", "'MlpPolicy'"]),
         ("train a2c CartPole-v1 --set gama=0.9", ["no argument 'gama'", "'gamma'"]),
