@@ -57,6 +57,7 @@ def _trial(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     trial = copy.deepcopy(optimizer)
     parameter = trial.param_groups[0]["params"][0]
     trial.state.clear()
+    parameter.detach().zero_()  # others may move the original between one copy and the next
     parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
     return trial
 

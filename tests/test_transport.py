@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sbac import optimization
 from sbac.guards import NotFiniteError
 from sbac.networks import Trainable
 from sbac.optimization import RMSpropTFLike
@@ -83,6 +84,19 @@ def test_optimizers_whose_statistics_begin_at_zero_are_shared(optimizer):
     net = Net(seed=0)
     net.set_optimizer(optimizer, LEARNING_RATE)
     assert "flat" in net.state_tensors()
+
+
+def test_the_look_at_an_optimizer_does_not_depend_on_the_weights(monkeypatch):
+    net = Net(seed=0)
+    copy = optimization.copy.deepcopy
+
+    def moving(value: Any) -> Any:
+        with torch.no_grad():
+            net.flat += 1.0  # another worker's push, between one copy and the next
+        return copy(value)
+
+    monkeypatch.setattr(optimization.copy, "deepcopy", moving)
+    assert net.state_tensors()["optimizer/square_avg"].sum() == 0
 
 
 def test_a_push_keeps_what_others_wrote_in_the_meantime(monkeypatch):
