@@ -19,7 +19,7 @@ from sbac.callbacks import MaybeCallback
 from sbac.construction import read_part
 from sbac.envs import EnvironmentLike, Environments
 from sbac.gae import explained_variance, gae
-from sbac.guards import require_constant, require_number, require_whole
+from sbac.guards import require_constant, require_flag, require_number, require_whole
 from sbac.observations import check_action_space, check_observation_space
 from sbac.optimization import RMSpropTFLike
 from sbac.policies import CnnActorCritic, StochasticActorCritic
@@ -120,13 +120,13 @@ class A2C(BaseAlgorithm):
         self.vf_coef = vf_coef
         self.max_grad_norm = max_grad_norm
         self.rms_prop_eps = rms_prop_eps
-        self.use_rms_prop = use_rms_prop
-        self.normalize_advantage = normalize_advantage
+        self.use_rms_prop = require_flag("use_rms_prop", use_rms_prop)
+        self.normalize_advantage = require_flag("normalize_advantage", normalize_advantage)
         self.weight_decay = weight_decay
-        self.layer_norm = layer_norm
+        self.layer_norm = require_flag("layer_norm", layer_norm)
         self.dropout = dropout
-        self.normalize_obs = normalize_obs
-        self.normalize_reward = normalize_reward
+        self.normalize_obs = require_flag("normalize_obs", normalize_obs)
+        self.normalize_reward = require_flag("normalize_reward", normalize_reward)
         self.rollout_buffer_class, self.rollout_buffer_kwargs = read_part(
             "rollout_buffer", RolloutBuffer, rollout_buffer_class, rollout_buffer_kwargs
         )

@@ -23,7 +23,7 @@ from sbac.callbacks import BaseCallback, MaybeCallback
 from sbac.construction import read_part
 from sbac.envs import EnvironmentLike, Environments, Spaces, make_environments
 from sbac.gae import explained_variance, gae
-from sbac.guards import require_constant, require_number, require_whole
+from sbac.guards import require_constant, require_flag, require_number, require_whole
 from sbac.observations import check_action_space, check_observation_space
 from sbac.optimization import RMSpropTFLike
 from sbac.policies import CnnActorCritic, StochasticActorCritic
@@ -177,8 +177,6 @@ class A3C(BaseAlgorithm):
         require_constant("weight_decay", weight_decay, minimum=0)
         require_constant("dropout", dropout, minimum=0, below=1)
         require_constant("worker_timeout", worker_timeout, above=0)
-        if not isinstance(deterministic, bool):
-            raise ValueError(f"deterministic must be True or False, not {deterministic!r}")
         self.learning_rate = learning_rate
         self.gamma = gamma
         self.gae_lambda = gae_lambda
@@ -186,15 +184,15 @@ class A3C(BaseAlgorithm):
         self.vf_coef = vf_coef
         self.max_grad_norm = max_grad_norm
         self.rms_prop_eps = rms_prop_eps
-        self.use_rms_prop = use_rms_prop
-        self.normalize_advantage = normalize_advantage
+        self.use_rms_prop = require_flag("use_rms_prop", use_rms_prop)
+        self.normalize_advantage = require_flag("normalize_advantage", normalize_advantage)
         self.weight_decay = weight_decay
-        self.layer_norm = layer_norm
+        self.layer_norm = require_flag("layer_norm", layer_norm)
         self.dropout = dropout
-        self.normalize_obs = normalize_obs
-        self.normalize_reward = normalize_reward
+        self.normalize_obs = require_flag("normalize_obs", normalize_obs)
+        self.normalize_reward = require_flag("normalize_reward", normalize_reward)
         self.n_workers = _usable_cores() if n_workers is None else require_whole("n_workers", n_workers, 1)
-        self.deterministic = deterministic
+        self.deterministic = require_flag("deterministic", deterministic)
         self.max_worker_restarts = require_whole("max_worker_restarts", max_worker_restarts, 0)
         self.worker_timeout = float(worker_timeout)
         self.rollout_buffer_class, self.rollout_buffer_kwargs = read_part(

@@ -310,14 +310,26 @@ class ReplayBuffer:
         """Bytes that the buffer takes when full, the table of successors not counted."""
         return sum(array.nbytes for array in self._arrays().values())
 
-    def add(self, obs: Tree, action: np.ndarray, step: Step) -> None:
-        """Append what n environments did.
+    def add(self, obs: Tree, action: np.ndarray, step: Step, *others: Any) -> None:
+        """Append what n environments did. For transitions as arrays there is `sbac.load_demonstrations`.
 
         Args:
             obs: What was acted on, (n, *obs_shape).
             action: In [-1, 1], (n, *action_shape).
             step: What came of it. Where `step.valid` is False there was no transition.
+            *others: None; scripts for Stable-Baselines pass other arguments, and are told so.
+
+        Raises:
+            TypeError: `step` is no `Step`.
         """
+        if others or not isinstance(step, Step):
+            raise TypeError(
+                "replay_buffer.add takes (obs, action, step), with step as env.step(action) of sbac's environments "
+                f"returns it, not {3 + len(others)} arguments of which the third is a {type(step).__name__}; to add "
+                "transitions as arrays, with next observations, rewards and ends, call "
+                "sbac.load_demonstrations(model, {'observations': ..., 'actions': ..., 'rewards': ..., "
+                "'terminations': ..., 'truncations': ..., 'next_observations': ...})"
+            )
         row = self.pos
         self._forget(row)
         if self._newest is not None and not _equal(self._newest, _as_stored(obs, self.obs)):

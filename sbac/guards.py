@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -139,6 +140,35 @@ def read_train_freq(train_freq: object) -> tuple[int, str]:
     if unit not in ("step", "episode"):
         raise ValueError(f"train_freq counts in 'step' or 'episode', not in {unit!r}")
     return require_whole("train_freq", number, 1), unit
+
+
+def require_flag(name: str, value: object) -> bool:
+    """Refuse what is neither True nor False: ``"no"`` and 2 would count as True.
+
+    Raises:
+        ValueError: Naming the argument and what was received.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+    return bool(value)
+
+
+def warn_if_nothing_is_learned(held: int, total: int, learning_starts: int, first_after: int) -> None:
+    """Say so where a run of an off-policy algorithm ends before its first gradient step.
+
+    Args:
+        held: Transitions in the replay buffer.
+        total: Transitions to come.
+        learning_starts: With more transitions than these, learning begins.
+        first_after: Transitions from there to the first gradient step, as `train_freq` asks for.
+    """
+    if held + total <= learning_starts:
+        why = f"learning begins after {learning_starts:,} transitions (learning_starts)"
+    elif held + total < learning_starts + first_after:
+        why = f"the first gradient step is due {first_after:,} transitions after learning_starts (train_freq)"
+    else:
+        return
+    warnings.warn(f"nothing will be learned: {why}, and there will be {held + total:,}", stacklevel=3)
 
 
 def _number(value: object) -> float | None:

@@ -115,9 +115,9 @@ class HerReplayBuffer(ReplayBuffer):
         self._rewards = _reward_function(env.env, self._goal_space)
         self._is_checked = False
 
-    def add(self, obs: Tree, action: np.ndarray, step: Step) -> None:
+    def add(self, obs: Tree, action: np.ndarray, step: Step, *others: Any) -> None:
         row, before = self.pos, (self.pos - 1) % self.n_rows
-        super().add(obs, action, step)
+        super().add(obs, action, step, *others)
         self.reached[row] = step.successor["achieved_goal"]
         # Only now it is known whether the row before was its episode's last: somebody else may have reset.
         is_new = (self.flags[before] & (CUT | EMPTY)) > 0

@@ -151,9 +151,9 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         """Bytes that the buffer takes when full, the table of successors not counted."""
         return super().nbytes - self._priority.nbytes + self._tree.nbytes
 
-    def add(self, obs: Tree, action: np.ndarray, step: Step) -> None:
+    def add(self, obs: Tree, action: np.ndarray, step: Step, *others: Any) -> None:
         index = self.pos * self.n_envs + np.arange(self.n_envs)
-        super().add(obs, action, step)
+        super().add(obs, action, step, *others)
         self._tree.set(index, np.where(step.valid, self._largest, 0.0))
 
     def sample(self, batch_size: int, gamma: float = 0.99, progress_remaining: float = 1.0) -> ReplayBatch:

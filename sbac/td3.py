@@ -6,7 +6,6 @@ Fujimoto et al. 2018, "Addressing Function Approximation Error in Actor-Critic M
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -21,7 +20,14 @@ from sbac.callbacks import MaybeCallback
 from sbac.construction import read_part
 from sbac.deterministic import Actor, CnnDeterministicActorCritic, Critic, DeterministicActorCritic
 from sbac.envs import EnvironmentLike, Environments, Step
-from sbac.guards import read_train_freq, require_constant, require_number, require_whole
+from sbac.guards import (
+    read_train_freq,
+    require_constant,
+    require_flag,
+    require_number,
+    require_whole,
+    warn_if_nothing_is_learned,
+)
 from sbac.noise import ActionNoise, NormalActionNoise
 from sbac.observations import check_observation_space
 from sbac.schedules import FloatOrSchedule
@@ -170,10 +176,10 @@ class TD3(BaseAlgorithm):
         self.optimizer_class = optimizer_class
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
-        self.layer_norm = layer_norm
+        self.layer_norm = require_flag("layer_norm", layer_norm)
         self.dropout = dropout
-        self.normalize_obs = normalize_obs
-        self.normalize_reward = normalize_reward
+        self.normalize_obs = require_flag("normalize_obs", normalize_obs)
+        self.normalize_reward = require_flag("normalize_reward", normalize_reward)
         self.preset = preset
         self.replay_buffer_class, self.replay_buffer_kwargs = read_part(
             "replay_buffer", ReplayBuffer, replay_buffer_class, replay_buffer_kwargs
@@ -229,12 +235,12 @@ class TD3(BaseAlgorithm):
         with self._training(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, resume
         ) as callback:
-            if self.replay_buffer.size() + total_timesteps <= self.learning_starts:
-                warnings.warn(
-                    f"nothing will be learned: learning begins after {self.learning_starts:,} transitions "
-                    f"(learning_starts), and there will be {self.replay_buffer.size() + int(total_timesteps):,}",
-                    stacklevel=2,
-                )
+            warn_if_nothing_is_learned(
+                self.replay_buffer.size(),
+                int(total_timesteps),
+                self.learning_starts,
+                first_after=self._train_interval * self.n_envs if self._train_every == "step" else 1,
+            )
             self._learn()  # what a run that was stopped still owes
             self._dump_if_due(self.episodes.count)
             while self.num_timesteps < self._total_timesteps:

@@ -31,6 +31,7 @@ from sbac.logger import configure
 from sbac.networks import BaseFeaturesExtractor
 from sbac.optimization import RMSpropTFLike
 from sbac.schedules import LinearSchedule
+from sbac.transport import STEPS
 
 SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [16, 8]}, "seed": 0}
 
@@ -316,6 +317,10 @@ class Signal(BaseCallback):
 
     def _on_step(self) -> bool:
         if not self.is_sent and self.num_timesteps >= self.after:
+            rows = self.model._worker_states.running._memory.rows
+            deadline = time.monotonic() + 120
+            while not rows[:, STEPS].all() and time.monotonic() < deadline:
+                time.sleep(0.01)  # a worker that still sets itself up would be waited for longer
             os.kill(workers_of(os.getpid())[-1], self.number)
             self.is_sent = True
         return True

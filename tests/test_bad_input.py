@@ -15,7 +15,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer as PeerBuffer
 
-from sbac import A2C, DDPG, TD3, EnvironmentFault, NotFiniteError, evaluate_policy
+from sbac import A2C, A3C, DDPG, TD3, EnvironmentFault, NotFiniteError, evaluate_policy
 from sbac.buffers import ReplayBuffer
 from sbac.callbacks import CheckpointCallback, EvalCallback
 from sbac.envs import make_environments
@@ -256,6 +256,36 @@ def test_a_run_too_short_to_learn_anything_says_so(cls: Any) -> None:
         warnings.simplefilter("error")
         model.learn(1, reset_num_timesteps=False)  # the buffer holds enough by now
     assert model.n_updates == 1
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_a_run_shorter_than_its_train_freq_is_warned_of(cls: Any) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", learning_starts=10, train_freq=50, n_envs=2)
+    with pytest.warns(UserWarning, match=r"is due 100 transitions after learning_starts \(train_freq\).* be 60"):
+        model.learn(60)
+    assert model.n_updates == 0
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+@pytest.mark.parametrize("buffer", [ReplayBuffer, PrioritizedReplayBuffer])
+def test_transitions_as_stable_baselines_adds_them_are_answered(cls: Any, buffer: type[ReplayBuffer]) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", replay_buffer_class=buffer)
+    obs = np.zeros((1, 3), np.float32)
+    with pytest.raises(TypeError, match=r"takes \(obs, action, step\).*6 arguments.*sbac.load_demonstrations\(model"):
+        model.replay_buffer.add(obs, obs, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+    assert model.replay_buffer.size() == 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        *((cls, name) for cls in (A2C, A3C, DDPG, TD3) for name in ("layer_norm", "normalize_obs", "normalize_reward")),
+        *((cls, name) for cls in (A2C, A3C) for name in ("use_rms_prop", "normalize_advantage")),
+    ],
+)
+def test_what_is_true_or_false_is_no_word(cls: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False, not 'no'"):
+        cls("MlpPolicy", "Pendulum-v1", **{name: "no"})
 
 
 @pytest.mark.parametrize("cls", [DDPG, TD3])
