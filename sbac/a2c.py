@@ -184,7 +184,7 @@ class A2C(BaseAlgorithm):
                     action = self.policy.act(obs, deterministic=False, generator=self._act_generator)
 
                     # Step: `successor` is the true s'; `obs` is where to act next.
-                    step = self.env.step(action)
+                    step = self.env.step(action, self._codec)
                     self.rollout_buffer.add(obs, action, step)
                     self.policy.observe(obs, step, self._now(self.gamma))
                     if not self._after_step(callback, action, step):

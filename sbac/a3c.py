@@ -56,7 +56,7 @@ def actor_learner(model: A3C, env: Environments, shared: Transport) -> None:
         while not (rollout.full or has_ended or rollout.pos * env.num_envs >= budget):
             obs = model._obs
             action = policy.act(obs, deterministic=False, generator=model._act_generator)
-            step = env.step(action)
+            step = env.step(action, model._codec)
             rollout.add(obs, action, step)
             policy.observe(obs, step, model._now(model.gamma))
             model._obs = step.obs

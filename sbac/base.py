@@ -207,6 +207,7 @@ class BaseAlgorithm(metaclass=Constructed):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(self._network_seed)
             policy: Any = self.policy_class(self.observation_space, self.action_space, self.device, **kwargs)
+        self._codec = getattr(policy, "codec", self._codec)
         for line in policy.preprocessor.describe_images() if hasattr(policy, "preprocessor") else ():
             self._say(line)
         return policy

@@ -156,6 +156,7 @@ class DeterministicActorCritic(BasePolicy):
         channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
         normalize_obs: Whether observations are normalised by their running mean and deviation.
         normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
+        normalizer_kwargs: Further arguments of the `Normalizer`: ``clip_obs``, ``clip_reward``, ``epsilon``, ``keys``.
     """
 
     def __init__(
@@ -176,10 +177,13 @@ class DeterministicActorCritic(BasePolicy):
         channels_last: bool | None = None,
         normalize_obs: bool = False,
         normalize_reward: bool = False,
+        normalizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self._set_spaces(observation_space, action_space, device)
-        self.preprocessor = self._make_preprocessor(normalize_images, channels_last, normalize_obs, normalize_reward)
+        self.preprocessor = self._make_preprocessor(
+            normalize_images, channels_last, normalize_obs, normalize_reward, normalizer_kwargs
+        )
         pi_arch, qf_arch = split_net_arch(net_arch, ("pi", "qf"))
         check_module_class("activation_fn", activation_fn, "torch.nn.ReLU")
         if action_layer is None:

@@ -42,19 +42,20 @@ class ActionCodec:
 
     Args:
         space: The action space of one environment.
+        rescale: Whether a finite Box is rescaled; False leaves actions in its own units, clipped to its bounds.
     """
 
-    def __init__(self, space: spaces.Space[Any]) -> None:
+    def __init__(self, space: spaces.Space[Any], rescale: bool = True) -> None:
         self.space = space
         self.rescales = False
         self._parts: Tree = None  # of a Dict or Tuple, a codec in the place of each part
         if isinstance(space, (spaces.Dict, spaces.Tuple)):
-            self._parts = tree_map(ActionCodec, space_tree(space))
+            self._parts = tree_map(lambda part: ActionCodec(part, rescale), space_tree(space))
         if isinstance(space, spaces.Box):
             self._dtype = np.dtype(space.dtype)
             self._low = space.low.astype(np.float64)
             self._high = space.high.astype(np.float64)
-            self.rescales = bool(np.isfinite(self._low).all() and np.isfinite(self._high).all())
+            self.rescales = rescale and bool(np.isfinite(self._low).all() and np.isfinite(self._high).all())
             self._center = (self._high / 2 + self._low / 2) if self.rescales else np.zeros_like(self._low)
             self._half_range = (self._high / 2 - self._low / 2) if self.rescales else np.ones_like(self._low)
             if self.rescales:
@@ -156,8 +157,12 @@ class Environments:
         self._sends_masks = self._n_choices > 0 and self._adapter.action_mask is not None
         return self._with_mask(obs, np.ones(self.num_envs, bool), "reset")
 
-    def step(self, action: Tree) -> Step:
-        """Step every environment with the actions of an algorithm: (n, *shape), in [-1, 1] for a finite Box.
+    def step(self, action: Tree, codec: ActionCodec | None = None) -> Step:
+        """Step every environment with the actions of an algorithm.
+
+        Args:
+            action: (n, *shape), in [-1, 1] for a finite Box.
+            codec: Of an algorithm that acts in other units.
 
         Raises:
             EnvironmentFault: An environment raised or sent what its space does not allow.
@@ -170,7 +175,7 @@ class Environments:
                     f"action for environment {index} at step {self._step_count + 1} is not finite: {part[index]}; "
                     "the policy's weights may have diverged: try a smaller learning rate or max_grad_norm"
                 )
-        return self.step_native(self.codec.to_env(action))
+        return self.step_native((codec or self.codec).to_env(action))
 
     def step_native(self, action: Tree) -> Step:
         """Step every environment with actions in the environments' own units."""

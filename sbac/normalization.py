@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,12 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.adapters import Step
+from sbac.guards import nearest, require_constant
 from sbac.preprocessing import is_image_space
 from sbac.trees import Tree, leaves, space_tree, tree_map
 
 CLIP = 10.0
-"""Normalised numbers are clipped to this size."""
-
-EPSILON = 1e-8
+"""Normalised numbers are clipped to this size, unless another is asked for."""
 
 
 def moments_of(values: np.ndarray) -> np.ndarray:
@@ -49,6 +49,10 @@ class Normalizer(nn.Module):
         observation_space: Of one environment.
         obs: Whether to normalise observations.
         reward: Whether to normalise rewards.
+        clip_obs: Normalised observations are clipped to this size, above 0.
+        clip_reward: Normalised rewards likewise.
+        epsilon: Added to variances, at least 0.
+        keys: Which parts of Dict observations to normalise; None takes all.
 
     Attributes:
         moments: Count, mean and sum of squared deviations, (3, d): of the numbers of all normalised leaves in a row,
@@ -61,14 +65,34 @@ class Normalizer(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, observation_space: spaces.Space[Any], obs: bool, reward: bool) -> None:
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        obs: bool,
+        reward: bool,
+        clip_obs: float = CLIP,
+        clip_reward: float = CLIP,
+        epsilon: float = 1e-8,
+        keys: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
+        require_constant("normalizer_kwargs: clip_obs", clip_obs, above=0)
+        require_constant("normalizer_kwargs: clip_reward", clip_reward, above=0)
+        require_constant("normalizer_kwargs: epsilon", epsilon, minimum=0)
+        names = [name for name, _ in leaves(space_tree(observation_space))]
+        for key in keys or ():
+            if key not in names:
+                close = nearest(str(key), names)
+                raise ValueError(f"normalizer_kwargs: keys: observations have no part {key!r}{close}")
         self.normalizes_obs, self.normalizes_reward = obs, reward
+        self.clip_obs, self.clip_reward, self.epsilon = float(clip_obs), float(clip_reward), float(epsilon)
         n_numbers = 0
+        remaining = iter(names)
 
         def place(leaf: spaces.Space[Any]) -> slice | None:
             nonlocal n_numbers
-            if not (obs and isinstance(leaf, spaces.Box)) or is_image_space(leaf):
+            is_chosen = next(remaining) in (names if keys is None else keys)
+            if not (obs and is_chosen and isinstance(leaf, spaces.Box)) or is_image_space(leaf):
                 return None
             size = int(np.prod(leaf.shape))
             n_numbers += size
@@ -89,7 +113,8 @@ class Normalizer(nn.Module):
             if place is None:
                 return leaf
             flat = leaf.reshape(len(leaf), -1).float()
-            return ((flat - self.shift[place]) * self.scale[place]).clamp(-CLIP, CLIP).reshape(leaf.shape)
+            normalized = (flat - self.shift[place]) * self.scale[place]
+            return normalized.clamp(-self.clip_obs, self.clip_obs).reshape(leaf.shape)
 
         return tree_map(normalize, self._places, obs) if self._n_numbers else obs
 
@@ -139,7 +164,7 @@ class Normalizer(nn.Module):
     def refresh(self) -> None:
         """Use from now on the mean and the deviation of all that was observed so far."""
         count, mean, squares = self.moments[:, : self._n_numbers]
-        deviation = torch.sqrt(squares / count.clamp(min=1) + EPSILON)
+        deviation = torch.sqrt(squares / count.clamp(min=1) + self.epsilon)
         self.shift.copy_(mean)
         self.scale.copy_(torch.where(squares > 0, 1 / deviation, 1.0))
 
@@ -150,9 +175,26 @@ class Normalizer(nn.Module):
         count, _, squares = self.moments[:, -1]
         if squares <= 0:
             return reward
-        deviation = torch.sqrt(squares / count + EPSILON)
-        return (reward / deviation).to(reward.dtype).clamp(-CLIP, CLIP)
+        deviation = torch.sqrt(squares / count + self.epsilon)
+        return (reward / deviation).to(reward.dtype).clamp(-self.clip_reward, self.clip_reward)
 
     def begin_episodes(self) -> None:
         """All environments begin new episodes."""
         self.running_return = np.zeros(0)
+
+
+def make_normalizer(
+    observation_space: spaces.Space[Any], obs: bool, reward: bool, kwargs: Mapping[str, Any] | None
+) -> Normalizer:
+    """A `Normalizer` with the further arguments that `policy_kwargs` hold.
+
+    Raises:
+        ValueError: It has no such arguments; names the nearest.
+    """
+    if not (kwargs is None or isinstance(kwargs, Mapping)):
+        raise ValueError(f"policy_kwargs: normalizer_kwargs must be a dict of Normalizer's arguments, not {kwargs!r}")
+    known = ("clip_obs", "clip_reward", "epsilon", "keys")
+    for name in kwargs or {}:
+        if name not in known:
+            raise ValueError(f"policy_kwargs: normalizer_kwargs has no argument {name!r}{nearest(str(name), known)}")
+    return Normalizer(observation_space, obs, reward, **(kwargs or {}))

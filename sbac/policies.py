@@ -22,7 +22,7 @@ from sbac.networks import (
     create_mlp,
     init_orthogonal,
 )
-from sbac.normalization import Normalizer
+from sbac.normalization import Normalizer, make_normalizer
 from sbac.observations import MASK, as_batch, split_mask
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trees import Tree, leaves, rows, space_tree
@@ -36,27 +36,37 @@ class BasePolicy(nn.Module, ABC):
         action_space: Of one environment, in its own units.
         device: Where the networks live.
         preprocessor: Makes observations ready for the networks.
+        codec: From the policy's actions to the environment's.
     """
 
     preprocessor: Preprocessor
 
     def _set_spaces(
-        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], device: torch.device
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device,
+        rescale_actions: bool = True,
     ) -> None:
         self.observation_space = observation_space
         self.action_space = action_space
         self.device = device
-        self._codec = ActionCodec(action_space)
+        self.codec = ActionCodec(action_space, rescale_actions)
         # For `predict`, so that torch's global generator is left alone; of its seed, so that models' seeds reach it.
         self._predict_generator = torch.Generator().manual_seed(torch.initial_seed())
 
     def _make_preprocessor(
-        self, normalize_images: bool, channels_last: bool | None, normalize_obs: bool, normalize_reward: bool
+        self,
+        normalize_images: bool,
+        channels_last: bool | None,
+        normalize_obs: bool,
+        normalize_reward: bool,
+        normalizer_kwargs: Mapping[str, Any] | None,
     ) -> Preprocessor:
         """What stands in front of all bodies, with the statistics that it needs."""
         normalizer = None
         if normalize_obs or normalize_reward:
-            normalizer = Normalizer(self.observation_space, normalize_obs, normalize_reward)
+            normalizer = make_normalizer(self.observation_space, normalize_obs, normalize_reward, normalizer_kwargs)
         return Preprocessor(self.observation_space, normalize_images, channels_last, normalizer)
 
     @property
@@ -155,7 +165,7 @@ class BasePolicy(nn.Module, ABC):
         obs, single = as_batch(observation, self.observation_space)
         self.set_training_mode(False)
         action, state = self.act_with_state(obs, state, episode_start, deterministic, self._predict_generator)
-        native = self._codec.to_env(action)
+        native = self.codec.to_env(action)
         return (rows(native, 0) if single else native), state
 
     def obs_to_tensor(self, observation: Any) -> tuple[Tree, bool]:
@@ -187,6 +197,8 @@ class StochasticActorCritic(Trainable, BasePolicy):
         ortho_init: Orthogonal initialisation, with gains sqrt 2 (bodies), 0.01 (actions), 1 (value); else torch's own.
         log_std_init: Logarithm of the first standard deviation of a Gaussian policy, in units of [-1, 1].
         squash: Whether actions of a Box, which must be finite, are squashed into it by tanh, rather than clipped.
+        rescale_actions: Whether actions in a finite Box are made in [-1, 1] and rescaled to its bounds; False makes
+            them in the Box's own units, as Stable-Baselines' A2C does.
         layer_norm: Whether to normalise before each activation.
         dropout: Share of each hidden layer's units that training leaves out, in [0, 1).
         features_extractor_class: The body in front of both networks, a class or a module; or a dict with one for each,
@@ -198,6 +210,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         channels_last: Whether images have their channels in the last dimension; None sees by the sizes.
         normalize_obs: Whether observations are normalised by their running mean and deviation.
         normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
+        normalizer_kwargs: Further arguments of the `Normalizer`: ``clip_obs``, ``clip_reward``, ``epsilon``, ``keys``.
     """
 
     def __init__(
@@ -210,6 +223,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         ortho_init: bool = True,
         log_std_init: float = 0.0,
         squash: bool = False,
+        rescale_actions: bool = True,
         layer_norm: bool = False,
         dropout: float = 0.0,
         features_extractor_class: Body | Mapping[str, Body] | None = None,
@@ -219,10 +233,13 @@ class StochasticActorCritic(Trainable, BasePolicy):
         channels_last: bool | None = None,
         normalize_obs: bool = False,
         normalize_reward: bool = False,
+        normalizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._set_spaces(observation_space, action_space, device)
-        self.preprocessor = self._make_preprocessor(normalize_images, channels_last, normalize_obs, normalize_reward)
+        self._set_spaces(observation_space, action_space, device, rescale_actions)
+        self.preprocessor = self._make_preprocessor(
+            normalize_images, channels_last, normalize_obs, normalize_reward, normalizer_kwargs
+        )
 
         pi_arch, vf_arch = split_net_arch(net_arch, ("pi", "vf"))
         check_module_class("activation_fn", activation_fn, "torch.nn.Tanh")
@@ -230,6 +247,8 @@ class StochasticActorCritic(Trainable, BasePolicy):
         require_constant("policy_kwargs: dropout", dropout, minimum=0, below=1)
         if squash:
             _require_squashable(action_space)
+            if not rescale_actions:
+                raise ValueError("policy_kwargs: squash makes actions in [-1, 1]: leave rescale_actions=False out")
         if isinstance(features_extractor_class, Mapping):
             share_features_extractor = False
         self.share_features_extractor = share_features_extractor

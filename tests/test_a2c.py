@@ -18,6 +18,7 @@ from torch import Tensor
 from sbac import A2C
 from sbac.envs import Spaces, Step
 from sbac.optimization import RMSpropTFLike
+from tests.environments import Recorder
 
 DISCRETE = Spaces(gymnasium.make("CartPole-v1").observation_space, spaces.Discrete(2), 2)
 CONTINUOUS = Spaces(spaces.Box(-2, 2, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32), 2)
@@ -370,3 +371,13 @@ def test_continuous_actions_are_clipped_for_the_environment_only():
 def test_spaces_that_it_cannot_act_in_are_refused(space):
     with pytest.raises(ValueError, match=r"A2C acts in Box, Discrete, .*, not in Text\(.*TransformAction"):
         A2C("MlpPolicy", DISCRETE._replace(action_space=space))
+
+
+@pytest.mark.parametrize("rescales", [True, False])
+def test_the_environment_gets_actions_in_the_units_that_were_asked_for(rescales):
+    env, made = Recorder(spaces.Box(-0.5, 3, (2,), np.float32)), []
+    model = A2C("MlpPolicy", env, policy_kwargs={"rescale_actions": rescales}, seed=0)
+    model.learn(12, callback=lambda values, _: made.append(values["actions"][0].copy()))
+    expected = np.array(made) * (1.75 if rescales else 1) + (1.25 if rescales else 0)
+    np.testing.assert_allclose(env.received, np.clip(expected, -0.5, 3), rtol=1e-6, atol=1e-6)
+    assert (np.array(made) != expected).any() == rescales

@@ -210,6 +210,41 @@ def test_networks_see_standardised_numbers_and_images_as_they_are(make: Any) -> 
     assert seen["speed"].dtype == torch.float32
 
 
+def test_clips_and_epsilon_can_be_chosen_and_parts_left_out(make: Any) -> None:
+    env = Sensors()
+    kwargs = {"clip_obs": 0.5, "clip_reward": 2.0, "epsilon": 0.25, "keys": ["count"]}
+    model = make(env, normalize_reward=True, policy_kwargs={"net_arch": [8], "normalizer_kwargs": kwargs})
+    model.learn(24)
+    normalizer = model.policy.normalizer
+    normalizer.refresh()
+    assert normalizer.moments.shape == (3, 1 + 1)  # of the count and of the return
+    counts = np.array([obs["count"] for obs in env.seen], np.float64).reshape(-1)
+    obs = {name: torch.as_tensor(np.array([obs[name] for obs in env.seen])) for name in env.seen[0]}
+    expected = np.clip((counts - counts.mean()) / np.sqrt(counts.var() + 0.25), -0.5, 0.5)
+    assert np.abs(expected).max() == 0.5 > np.abs(expected).min()
+    np.testing.assert_allclose(normalizer(obs)["count"].numpy().reshape(-1), expected, rtol=1e-4, atol=1e-6)
+    assert normalizer(obs)["speed"] is obs["speed"]
+    count, _, squares = normalizer.moments[:, -1]
+    reward = torch.tensor([0.1, 1e9], dtype=torch.float64)
+    expected_reward = [0.1 / float(torch.sqrt(squares / count + 0.25)), 2.0]
+    assert normalizer.normalize_reward(reward).tolist() == pytest.approx(expected_reward)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"clip_ob": 1}, "no argument 'clip_ob'; did you mean 'clip_obs'"),
+        ({"clip_obs": 0}, "clip_obs must be a finite number above 0"),
+        ({"epsilon": -1}, "epsilon must be a finite number at least 0"),
+        ({"keys": ["spede"]}, "no part 'spede'; did you mean 'speed'"),
+        (3, "must be a dict"),
+    ],
+)
+def test_wrong_arguments_of_the_normaliser_are_refused(make: Any, wrong: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make(Sensors(), policy_kwargs={"normalizer_kwargs": wrong})
+
+
 def test_a_number_that_never_changes_is_only_shifted() -> None:
     normalizer = Normalizer(Numbers.observation_space, obs=True, reward=False)
     for _ in range(5):

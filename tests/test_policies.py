@@ -486,6 +486,17 @@ def test_predictions_are_in_the_units_of_the_environment(kind: str) -> None:
     np.testing.assert_allclose(single, action[0], rtol=1e-5)
 
 
+def test_actions_can_be_made_in_the_units_of_the_environment() -> None:
+    policy = make_policy("stochastic", BOX, UNITS, rescale_actions=False)
+    obs = sample(BOX)
+    mean = policy.act(obs, deterministic=True)
+    action, _ = policy.predict(obs)
+    np.testing.assert_array_equal(action, np.clip(mean, UNITS.low, UNITS.high))
+    assert not np.allclose(action, make_policy("stochastic", BOX, UNITS).codec.to_env(mean))
+    with pytest.raises(ValueError, match="leave rescale_actions=False out"):
+        make_policy("stochastic", BOX, UNITS, squash=True, rescale_actions=False)
+
+
 def test_predictions_of_a_discrete_action_begin_where_the_space_does() -> None:
     policy = make_policy("stochastic", BOX, spaces.Discrete(3, start=-1))
     action, _ = policy.predict(sample(BOX, 50), deterministic=False)
