@@ -6,12 +6,14 @@ import inspect
 import re
 import shlex
 import tomllib
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from docs import draw
 from sbac import cli
 from sbac.callbacks import EvalCallback
 from sbac.construction import argument_names
@@ -102,6 +104,15 @@ def test_blocks_and_commands_are_found() -> None:
     words = [words for page in PAGES for _, words, _ in commands(page)]
     assert len([page for page in PAGES if any(blocks(page, "python"))]) >= 8
     assert {first for first, *_ in words} >= {"train", "eval", "watch", "plot", "inspect"}
+
+
+def test_pictures_are_what_the_script_draws() -> None:
+    drawn = {name: picture().svg() for name, picture in draw.PICTURES.items()}
+    there = {path.name: path.read_text(encoding="utf-8") for path in draw.IMAGES.glob("*.svg")}
+    assert there == drawn, "draw them anew: python docs/draw.py"
+    for name, svg in drawn.items():
+        xml.etree.ElementTree.fromstring(svg)
+        assert any(f"/{name})" in page.read_text(encoding="utf-8") for page in PAGES), f"no page shows {name}"
 
 
 def test_every_room_is_in_the_reference() -> None:
