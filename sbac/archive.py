@@ -19,9 +19,11 @@ import math
 import os
 import pickle
 import platform
+import re
 import secrets
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -153,6 +155,15 @@ def read_archive(path: Source, *, allow_pickle: bool = False, members: Callable[
         archive = _MIGRATIONS[version](archive)
         archive.meta["format_version"] = version + 1
     return archive
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed left half written in a folder, an hour ago or longer."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - 3600:
+                    path.unlink()
 
 
 def inspect_archive(path: Source) -> dict[str, Any]:

@@ -262,6 +262,12 @@ class ReplayBuffer:
         MemoryError: The buffer would be larger than the memory of this machine. The message says how large.
     """
 
+    lasting: tuple[str, ...] = ("obs", "action", "reward", "flags")
+    """Of the arrays in a state, those whose rows stay as they are from the next `add` on: checkpoints write them once.
+
+    A subclass names in addition what it adds of this kind, and leaves out what it changes later.
+    """
+
     def __init__(
         self,
         buffer_size: int,
@@ -296,6 +302,8 @@ class ReplayBuffer:
         """Forget everything."""
         self.pos = 0
         self.full = False
+        self.n_added = 0  # rows, ever: the newest has the number n_added - 1, and its place is that modulo n_rows
+        self.lineage = object()  # of rows added one after the other: another after each reset
         self.flags[:] = 0
         self._n_empty = 0
         self._successor_of: dict[int, Tree] = {}  # of transitions after which the next row is not what followed
@@ -344,6 +352,7 @@ class ReplayBuffer:
             self._successor_of[row * self.n_envs + int(i)] = copy_tree(rows(self._newest, i))
         self._n_empty += int(np.count_nonzero(~step.valid))
         self.pos = (row + 1) % self.n_rows
+        self.n_added += 1
         self.full = self.full or self.pos == 0
 
     def sample(self, batch_size: int, gamma: float = 0.99, progress_remaining: float = 1.0) -> ReplayBatch:
@@ -470,6 +479,7 @@ class ReplayBuffer:
         for name, array in own.items():
             array[places] = stored[name]
         self.pos = pos % self.n_rows if self.full else n_held
+        self.n_added = self.pos + self.n_rows * self.full
         self._n_empty = int(np.count_nonzero(self.flags & EMPTY))
         self._newest = copy_tree(newest) if n_held else None
         for k, index in enumerate(after_index):

@@ -19,6 +19,7 @@ from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make
 from sbac.observations import split_mask
+from sbac.segments import Segments, read_segments
 from sbac.tape import Recording
 from sbac.trees import leaves, space_tree, tree_like
 
@@ -46,8 +47,9 @@ def save(
     exclude: Iterable[str] | None,
     include: Iterable[str] | None,
     full: bool,
+    segments: Segments | None = None,
 ) -> None:
-    """Write a model to a file; see `BaseAlgorithm.save`."""
+    """Write a model to a file; see `BaseAlgorithm.save`. With `segments`, a large replay buffer goes there."""
     for name in (*(exclude or ()), *(include or ())):
         if name not in PARTS:
             raise ValueError(f"save: unknown part {name!r}; a file can hold {', '.join(PARTS)}")
@@ -69,7 +71,11 @@ def save(
             for index, state in network.optimizer.state_dict()["state"].items():
                 for key, value in state.items():
                     file.arrays[f"optimizer/{name}/{index}/{key}"] = tensor_to_array(torch.as_tensor(value))
-    data, arrays = _state(model, parts)
+    apart = None if segments is None else segments.take(_replay_buffer(model))
+    data, arrays = _state(model, parts if apart is None else parts - {"replay_buffer"})
+    if apart is not None:
+        data["replay_segments"], rest = apart
+        arrays.update({f"replay_buffer/{name}": array for name, array in rest.items()})
     file.arrays.update({f"state/{name}": array for name, array in arrays.items()})
     if parts - {"optimizer"}:
         file.state = data
@@ -118,8 +124,10 @@ def load(
     return model
 
 
-def restore(model: Any, path: PathLike) -> tuple[dict[str, Any], list[str]]:
+def restore(model: Any, path: PathLike, segments: Segments) -> tuple[dict[str, Any], list[str]]:
     """Bring a model to where a full checkpoint left off, without making another: its own arguments stay.
+
+    The next checkpoint will go on with the `segments` of this one.
 
     Returns:
         What `continue_run` needs, and what is to be said.
@@ -140,7 +148,23 @@ def restore(model: Any, path: PathLike) -> tuple[dict[str, Any], list[str]]:
         run = decode(file.state.get("run", {}))
     except ValueError as error:
         raise ArchiveError(f"{path}: the state of the run cannot be read: {error}") from error
-    return run, [*_changed_arguments(model, file), *_restore(model, file, path)]
+    remarks = [*_changed_arguments(model, file), *_restore(model, file, path)]
+    if "replay_segments" in file.state and _has_same_environments(model, file):
+        segments.adopt(file.state["replay_segments"], model.replay_buffer)
+    return run, remarks
+
+
+def referred_segments(path: PathLike) -> list[str]:
+    """The names of the segments that a checkpoint refers to.
+
+    Raises:
+        ArchiveError, OSError: As of `archive.read_archive`.
+    """
+    state = read_archive(path, members=lambda name: name == "state.json").state or {}
+    try:
+        return [str(name) for name in state["replay_segments"]["segments"]] if "replay_segments" in state else []
+    except (KeyError, TypeError) as error:
+        raise ArchiveError(f"{path}: the segments of its replay buffer cannot be read: {error!r}") from error
 
 
 def run_state(model: Any) -> dict[str, Any]:
@@ -179,6 +203,10 @@ def _changed_arguments(model: Any, file: Archive) -> list[str]:
 
 def _restore(model: Any, file: Archive, path: Any) -> list[str]:
     """Give a model what a file holds besides its constructor arguments; returns what is to be said of it."""
+    if file.state is not None and "replay_segments" in file.state:
+        # Before anything of the model is touched.
+        apart = _read_apart(file.state["replay_segments"], path)
+        file.arrays.update({f"state/replay_buffer/{name}": array for name, array in apart.items()})
     _load_weights(model, file, path)
     for name in COUNTERS:
         if hasattr(model, name):
@@ -194,6 +222,19 @@ def _restore(model: Any, file: Archive, path: Any) -> list[str]:
     if recordings is not None and model.env is not None and _has_same_environments(model, file):
         remarks += _put_environments_back(model, recordings, _below(file.arrays, "state/"))
     return remarks
+
+
+def _read_apart(data: Mapping[str, Any], path: Any) -> dict[str, np.ndarray]:
+    """What of a replay buffer is in the segments beside its checkpoint."""
+    if not isinstance(path, str | Path):
+        raise ArchiveError(
+            "this checkpoint has its replay buffer in a folder beside it, and can be loaded by its path only, not from "
+            "an open file"
+        )
+    try:
+        return read_segments(Path(path).parent / Path(data["folder"]).name, data)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ArchiveError(f"{path}: its replay buffer cannot be restored: {error}") from error
 
 
 def load_policy(policy: nn.Module, state: Mapping[str, torch.Tensor], exact_match: bool = True) -> None:

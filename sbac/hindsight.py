@@ -63,6 +63,8 @@ class HerReplayBuffer(ReplayBuffer):
         ValueError: The observation space is not that of a goal environment, or an argument is out of its range.
     """
 
+    lasting = (*ReplayBuffer.lasting, "reached", "age")
+
     obs: dict[str, Tree]
 
     def __init__(
@@ -199,6 +201,12 @@ class HerReplayBuffer(ReplayBuffer):
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**super()._arrays(), "reached": self.reached, "age": self.age, "left": self.left}
 
+    def get_state(self) -> dict[str, np.ndarray]:
+        """As of `ReplayBuffer`, without what follows from the ages."""
+        state = super().get_state()
+        del state["left"]
+        return state
+
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Hold what `get_state` returned.
 
@@ -206,27 +214,40 @@ class HerReplayBuffer(ReplayBuffer):
             ValueError: As of `ReplayBuffer`; or the state is that of another class, which does not know the episodes.
                 The buffer stays as it was.
         """
-        missing = [name for name in ("reached", "age", "left") if name not in state]
+        missing = [name for name in ("reached", "age") if name not in state]
         if missing:
             raise ValueError(
                 f"{type(self).__name__}: the state lacks {', '.join(missing)}: it was stored by another class of "
                 "buffer, which does not know what episodes achieved; give the model that class as replay_buffer_class, "
                 f"or store what a {type(self).__name__} holds"
             )
-        n_held = max(len(state["reward"]), 1)
-        newer = (int(state["pos"]) - 1 - np.arange(len(state["reward"]))[:, None]) % n_held
-        age, left = state["age"], state["left"]
-        if age.shape == left.shape == state["reward"].shape and not (
-            (age >= 0).all() and ((left == RUNNING) | (left >= 0) & (left <= newer)).all()
-        ):
-            raise ValueError(
-                f"{type(self).__name__}: the stored age and left count rows of an episode that are not there: the "
-                "state was not made by this buffer, or is damaged"
-            )
-        super().set_state(state)
+        age, pos = state["age"], int(state["pos"])
+        if age.shape == state["reward"].shape:  # if not, it is refused for that
+            in_order = np.roll(age, -pos, axis=0)
+            if (age < 0).any() or ((in_order[1:] != 0) & (in_order[1:] != in_order[:-1] + 1)).any():
+                raise ValueError(
+                    f"{type(self).__name__}: the stored age does not count the rows of episodes: the state was not "
+                    "made by this buffer, or is damaged"
+                )
+            state = {**state, "left": np.roll(_rows_left(in_order), pos, axis=0)}
+        super().set_state({"left": age, **state})
 
     def _flat(self, array: np.ndarray) -> np.ndarray:
         return array.reshape(self.buffer_size, *array.shape[2:])
+
+
+def _rows_left(age: np.ndarray) -> np.ndarray:
+    """How many rows of its episode follow each row, RUNNING while it goes on.
+
+    Args:
+        age: How many came before, (T, n_envs), from the oldest row to the newest.
+    """
+    number = np.arange(len(age))[:, None]
+    # The nearest beginning after each row.
+    begins = np.where(age == 0, number, len(age))
+    following = np.full_like(begins, len(age))
+    following[:-1] = np.minimum.accumulate(begins[:0:-1], axis=0)[::-1]
+    return np.where(following < len(age), following - 1 - number, RUNNING)
 
 
 def _goal_space(space: spaces.Space[Any]) -> spaces.Space[Any]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sbac import checkpoint
-from sbac.archive import ArchiveError
+from sbac.archive import ArchiveError, remove_leftovers
+from sbac.buffers import ReplayBuffer
 from sbac.guards import require_whole
 from sbac.hooks import BaseCallback
+from sbac.segments import Segments
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -20,8 +22,9 @@ class CheckpointCallback(BaseCallback):
     """Saves a full checkpoint every `save_freq` calls, as ``{name_prefix}_{num_timesteps}_steps.zip``.
 
     A checkpoint holds all that exact resuming takes, replay buffer and normalisation included, whatever
-    `save_replay_buffer` and `save_vecnormalize` say. It is written once all callbacks are done with the step. One that
-    can't be written (the disk is full, say) is warned of, and training goes on.
+    `save_replay_buffer` and `save_vecnormalize` say. Of a replay buffer above 8 MiB it writes what is new, into the
+    folder ``{name_prefix}_replay`` beside, which belongs to the checkpoints. It is written once all callbacks are done
+    with the step. One that can't be written (the disk is full, say) is warned of, and training goes on.
 
     Args:
         save_freq: Calls between two checkpoints, at least 1; a call is one step of all n environments.
@@ -58,9 +61,12 @@ class CheckpointCallback(BaseCallback):
         self.resume = resume
         self.keep_last = None if keep_last is None else require_whole("keep_last", keep_last, 1)
         self._written: list[Path] = []  # of this run, from the oldest
+        self._segments = Segments(self.save_path / f"{name_prefix}_replay")
 
     def _init_callback(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.save_path, self._segments.folder):
+            remove_leftovers(folder)
 
     def _on_step(self) -> bool:
         if self.n_calls % self.save_freq == 0:
@@ -74,7 +80,10 @@ class CheckpointCallback(BaseCallback):
     def _write(self) -> None:
         path = self.save_path / f"{self.name_prefix}_{self.num_timesteps}_steps.zip"
         try:
-            self.model.save(path, full=True)
+            if isinstance(getattr(self.model, "replay_buffer", None), ReplayBuffer):
+                checkpoint.save(self.model, path, None, None, full=True, segments=self._segments)
+            else:
+                self.model.save(path, full=True)
             if self.save_replay_buffer and hasattr(self.model, "replay_buffer"):
                 self.model.save_replay_buffer(self._buffer_beside(path))
         except OSError as error:
@@ -84,10 +93,25 @@ class CheckpointCallback(BaseCallback):
             print(f"Saved a checkpoint: {path}")
         self._written = [*(other for other in self._written if other != path), path]
         if self.keep_last is not None:
-            for old in self._written[: -self.keep_last]:
-                old.unlink(missing_ok=True)
-                self._buffer_beside(old).unlink(missing_ok=True)
-            self._written = self._written[-self.keep_last :]
+            old, self._written = self._written[: -self.keep_last], self._written[-self.keep_last :]
+            try:
+                self._remove(old)
+            except OSError as error:
+                warnings.warn(f"older checkpoints could not be removed: {error}", stacklevel=2)
+
+    def _remove(self, old: list[Path]) -> None:
+        """Remove checkpoints, and then the segments of the replay buffer that none of those left needs."""
+        for path in old:
+            path.unlink(missing_ok=True)
+            self._buffer_beside(path).unlink(missing_ok=True)
+        needed: list[str] = []
+        unknown_until = 0
+        for path in self.checkpoints():
+            try:
+                needed += checkpoint.referred_segments(path)
+            except ArchiveError:  # damaged or newer: what it needs was written before it
+                unknown_until = max(unknown_until, path.stat().st_mtime_ns)
+        self._segments.prune(needed, unknown_until)
 
     def _buffer_beside(self, path: Path) -> Path:
         number = path.name.removeprefix(f"{self.name_prefix}_")
@@ -116,7 +140,7 @@ class CheckpointCallback(BaseCallback):
         found = self.checkpoints()
         for i in reversed(range(len(found))):
             try:
-                run, remarks = checkpoint.restore(model, found[i])
+                run, remarks = checkpoint.restore(model, found[i], self._segments)
             except ArchiveError as error:
                 warnings.warn(f"a checkpoint cannot be resumed from, the one before is tried: {error}", stacklevel=2)
                 continue

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sbac import A2C, A3C, DDPG, TD3
+from sbac import A2C, A3C, DDPG, TD3, segments
 from sbac.archive import read_archive
 from sbac.base import BaseAlgorithm
 from sbac.callbacks import CheckpointCallback, EvalCallback
@@ -36,6 +36,7 @@ TASKS: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
 def train(task: str, steps: int, folder: Path) -> None:
     """What the process does: begin the run, or go on with it."""
     cls, env_id, arguments = TASKS[task]
+    segments.SMALL, segments.LARGE = 2**14, 2**16  # that buffers as small as these are written in segments
     torch.set_num_threads(1)
     with cls("MlpPolicy", env_id, seed=0, policy_kwargs={"net_arch": [32, 32]}, **arguments) as model:
         model.set_logger(configure(folder, ("csv",)))
@@ -89,7 +90,8 @@ def kill_test(task: str, steps: int, n_kills: int, seed: int, folder: Path) -> l
         process.communicate()
         n_killed += process.returncode == -signal.SIGKILL
         kept = sorted(path.name for path in (folder / "killed").glob("checkpoints/*.zip"))
-        print(f"{task}: killed after {moment:.2f} s of training, checkpoints {kept}", flush=True)
+        n_segments = len(list((folder / "killed").glob("checkpoints/*_replay/*.zip")))
+        print(f"{task}: killed after {moment:.2f} s of training, checkpoints {kept}, {n_segments} segments", flush=True)
     finish(start(task, steps, folder / "killed"))
     print(f"{task}: {n_killed} of {n_kills} came before the end", flush=True)
     if n_killed == 0:
