@@ -42,6 +42,11 @@ class Infos(Sequence[dict[str, Any]]):
 
     At an episode's end it also holds, as in Stable-Baselines, ``terminal_observation``, ``TimeLimit.truncated`` and,
     once the algorithm has counted it, ``episode`` with the keys r, l and t.
+
+    Args:
+        raw: The infos of n environments as Gymnasium sends them: an array (n, ...) for each key.
+        n_envs: n.
+        ends: What else the infos of the environments hold whose episodes ended, by their numbers.
     """
 
     def __init__(self, raw: Mapping[str, Any], n_envs: int, ends: dict[int, dict[str, Any]]) -> None:
@@ -97,15 +102,22 @@ class Adapter(Protocol):
     observation_space: spaces.Space[Any]
     action_space: spaces.Space[Any]
 
-    def reset(self, seed: int | None) -> Tree: ...
+    def reset(self, seed: int | None) -> Tree:
+        """Begin new episodes everywhere, from a seed if there is one. Returns observations (n, *obs_shape)."""
 
-    def step(self, actions: Tree) -> Step: ...
+    def step(self, actions: Tree) -> Step:
+        """Take a step with the environments' own actions, (n, *action_shape)."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the environments."""
 
 
-class GymnasiumAdapter:
-    """A Gymnasium ``VectorEnv`` in any of its three autoreset modes."""
+class GymnasiumAdapter(Adapter):
+    """A Gymnasium ``VectorEnv`` in any of its three autoreset modes.
+
+    Args:
+        env: The vector environment.
+    """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         self.env = env
@@ -182,8 +194,12 @@ class GymnasiumAdapter:
         self.env.close()
 
 
-class StableBaselinesAdapter:
-    """A ``VecEnv`` as Stable-Baselines has them, known by its shape alone: it resets in the same step."""
+class StableBaselinesAdapter(Adapter):
+    """A ``VecEnv`` as Stable-Baselines has them, known by its shape alone: it resets in the same step.
+
+    Args:
+        env: The vector environment.
+    """
 
     def __init__(self, env: Any) -> None:
         self.env = env

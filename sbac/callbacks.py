@@ -34,7 +34,12 @@ MaybeCallback: TypeAlias = (
 
 
 class ConvertCallback(BaseCallback):
-    """A function of ``(locals, globals)`` that stops training by returning False. Nothing counts as True."""
+    """A function of ``(locals, globals)`` that stops training by returning False. Nothing counts as True.
+
+    Args:
+        callback: The function.
+        verbose: Kept for a subclass.
+    """
 
     def __init__(self, callback: Callable[[Variables, Variables], bool | None], verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -46,7 +51,11 @@ class ConvertCallback(BaseCallback):
 
 
 class CallbackList(BaseCallback):
-    """Callbacks, functions or lists of them, called in order: all of them, also where one stops training."""
+    """Callbacks, functions or lists of them, called in order: all of them, also where one stops training.
+
+    Args:
+        callbacks: What `learn` takes as a callback, each.
+    """
 
     def __init__(self, callbacks: Sequence[MaybeCallback]) -> None:
         super().__init__()
@@ -61,7 +70,12 @@ class CallbackList(BaseCallback):
 
 
 class EventCallback(BaseCallback):
-    """Calls another callback's `on_step` at an event of its own: where a subclass calls `_on_event`."""
+    """Calls another callback's `on_step` at an event of its own: where a subclass calls `_on_event`.
+
+    Args:
+        callback: The other one, a function or a list.
+        verbose: Kept for a subclass.
+    """
 
     def __init__(self, callback: MaybeCallback = None, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -247,7 +261,12 @@ class _EvaluationCallback(BaseCallback):
 
 
 class StopTrainingOnRewardThreshold(_EvaluationCallback):
-    """Stops once an `EvalCallback`'s best mean return reaches a threshold; its ``callback_on_new_best``."""
+    """Stops once an `EvalCallback`'s best mean return reaches a threshold; its ``callback_on_new_best``.
+
+    Args:
+        reward_threshold: The mean undiscounted return.
+        verbose: 1 tells of the stop.
+    """
 
     def __init__(self, reward_threshold: float, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -299,6 +318,10 @@ class StopTrainingOnNoModelImprovement(_EvaluationCallback):
 
 class StopTrainingOnMaxEpisodes(BaseCallback):
     """Stops once `max_episodes` (at least 1) episodes per environment ended: `max_episodes` x n in all.
+
+    Args:
+        max_episodes: For each of the n environments, at least 1.
+        verbose: 1 tells of the stop.
 
     Attributes:
         n_episodes: How many ended since training started, in all environments.

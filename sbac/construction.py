@@ -98,7 +98,11 @@ def read_part(argument: str, base: type[_Part], given: object, kwargs: object) -
 
 
 class LoadsEitherWay:
-    """``DDPG.load(path)`` returns a new model; ``model.load(path)`` loads into the model."""
+    """``DDPG.load(path)`` returns a new model; ``model.load(path)`` loads into the model.
+
+    Args:
+        function: Of the class, the instance or None, and the arguments that a caller gives.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function

@@ -31,7 +31,8 @@ class Predictor(Protocol):
 
     def predict(
         self, observation: Any, /, state: Any = None, episode_start: Any = None, deterministic: bool = True
-    ) -> tuple[Any, Any]: ...
+    ) -> tuple[Any, Any]:
+        """Actions (n, *action_shape) for observations (n, *obs_shape), and the state; as `BaseAlgorithm.predict`."""
 
 
 class Episodes(NamedTuple):

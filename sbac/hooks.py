@@ -62,6 +62,7 @@ class BaseCallback:
             child.init_callback(model)
 
     def on_training_start(self, locals_: Variables, globals_: Variables) -> None:
+        """Training begins: take over the variables of `learn`, and tell `_on_training_start` and the children."""
         self.locals, self.globals = locals_, globals_
         self.num_timesteps = self.model.num_timesteps
         self._call(self._on_training_start)
@@ -69,6 +70,7 @@ class BaseCallback:
             child.on_training_start(locals_, globals_)
 
     def on_rollout_start(self) -> None:
+        """A rollout begins: tell `_on_rollout_start` and the children."""
         self._call(self._on_rollout_start)
         for child in self._children():
             child.on_rollout_start()
@@ -85,11 +87,13 @@ class BaseCallback:
         return go_on is None or bool(go_on)
 
     def on_rollout_end(self) -> None:
+        """A rollout is complete: tell `_on_rollout_end` and the children."""
         self._call(self._on_rollout_end)
         for child in self._children():
             child.on_rollout_end()
 
     def on_training_end(self) -> None:
+        """Training ended: tell `_on_training_end` and the children."""
         self._call(self._on_training_end)
         for child in self._children():
             child.on_training_end()

@@ -42,7 +42,12 @@ class Video:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture for TensorBoard: uint8 in [0, 255] or float in [0, 1], its axes "CHW", "HWC" or "HW"."""
+    """A picture for TensorBoard.
+
+    Attributes:
+        image: uint8 in [0, 255] or float in [0, 1].
+        dataformats: What its axes are: "CHW", "HWC" or "HW".
+    """
 
     image: Any
     dataformats: str
@@ -58,7 +63,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class HParam:
-    """Hyperparameters for TensorBoard, and the logged keys to show beside them (their values are ignored)."""
+    """Hyperparameters for TensorBoard.
+
+    Attributes:
+        hparam_dict: The hyperparameters, by name.
+        metric_dict: The logged keys to show beside them; their values are ignored.
+    """
 
     hparam_dict: Mapping[str, Any]
     metric_dict: Mapping[str, float]

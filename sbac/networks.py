@@ -39,7 +39,11 @@ class BaseFeaturesExtractor(nn.Module):
 
 
 class FlattenExtractor(BaseFeaturesExtractor):
-    """Lays each observation flat, as `preprocess` gives it."""
+    """Lays each observation flat, as `preprocess` gives it.
+
+    Args:
+        observation_space: Of the observations.
+    """
 
     def __init__(self, observation_space: spaces.Space[Any]) -> None:
         super().__init__(observation_space, flat_dim(observation_space))

@@ -152,7 +152,7 @@ def anonymous_file(size: int) -> int:
     return descriptor
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(Transport):
     """The `Transport` of worker processes on one machine: weights in shared memory, without locks.
 
     Args:

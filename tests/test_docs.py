@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import re
 import shlex
 import tomllib
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sbac
 from docs import draw
 from sbac import cli
 from sbac.callbacks import EvalCallback
@@ -119,6 +122,40 @@ def test_every_room_is_in_the_reference() -> None:
     reference = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.md"))
     rooms = {path.stem for path in (ROOT / "sbac").glob("*.py")} - {"__init__", "__main__", "cli"}
     missing = {room for room in rooms if f"sbac.{room}" not in reference}
+    assert not missing
+
+
+def public_things() -> Iterator[tuple[str, object]]:
+    """Each public module, class, function and method of sbac, by its full name."""
+    for info in pkgutil.walk_packages(sbac.__path__, "sbac."):
+        if info.name == "sbac.__main__":
+            continue
+        module = importlib.import_module(info.name)
+        yield info.name, module
+        for name, thing in vars(module).items():
+            if name.startswith("_") or getattr(thing, "__module__", None) != info.name:
+                continue
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                yield f"{info.name}.{name}", thing
+            if inspect.isclass(thing):
+                for attribute, value in vars(thing).items():
+                    is_method = inspect.isroutine(getattr(value, "__func__", value)) or isinstance(value, property)
+                    if is_method and not attribute.startswith("_"):
+                        yield f"{info.name}.{name}.{attribute}", getattr(thing, attribute)
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    """Its own or, for a method, that of what it overrides; and that of a class names each argument."""
+    things = dict(public_things())
+    assert len(things) > 500 and "sbac.td3.TD3.learn" in things
+    missing = [name for name, thing in things.items() if not inspect.getdoc(thing)]
+    for name, thing in things.items():
+        if inspect.isclass(thing) and "__doc__" in vars(thing) and inspect.isfunction(vars(thing).get("__init__")):
+            words = set(re.findall(r"\w+", inspect.getdoc(thing) or ""))
+            arguments = inspect.signature(thing.__init__).parameters.values()
+            named = [p.name for p in arguments if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            is_enough = issubclass(thing, Exception) or set(named) - {"self"} <= words
+            missing += [] if is_enough else [f"{name}: {sorted(set(named) - {'self'} - words)}"]
     assert not missing
 
 
