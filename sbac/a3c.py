@@ -24,6 +24,7 @@ from sbac.construction import read_part
 from sbac.envs import EnvironmentLike, Environments, Spaces, make_environments
 from sbac.gae import explained_variance, gae
 from sbac.guards import require_constant, require_flag, require_number, require_whole
+from sbac.normalization import Ledger
 from sbac.observations import check_action_space, check_observation_space
 from sbac.optimization import RMSpropTFLike
 from sbac.policies import CnnActorCritic, StochasticActorCritic
@@ -250,7 +251,11 @@ class A3C(BaseAlgorithm):
                 self._worker_states.clear()
             # The weights, the optimizer's statistics and the count live in shared memory while workers learn.
             first_step, first_update, first_rollout = self.num_timesteps, self.n_updates, self._n_rollouts
-            memory = SharedMemory.holding(self.policy.state_tensors(), self.n_workers, first_step)
+            shared = self.policy.state_tensors()
+            normalizer = self.policy.normalizer
+            if normalizer is not None and self.n_workers > 1 and not self.deterministic:
+                shared["ledger"] = Ledger.blank(self.n_workers, normalizer.moments)
+            memory = SharedMemory.holding(shared, self.n_workers, first_step)
             self._worker_steps[:], self._row_time = 0, time.perf_counter()
             try:
                 workers = self._start_workers(memory)
@@ -274,6 +279,9 @@ class A3C(BaseAlgorithm):
                             self._count(report)
                     finally:
                         memory.copy_to(self.policy.state_tensors())
+                        ledger = memory.ledger()
+                        if normalizer is not None and ledger is not None:
+                            normalizer.moments.copy_(torch.as_tensor(ledger.total()))
                         self.num_timesteps = first_step + workers.steps
                         self.n_updates = first_update + workers.updates
                         self._n_rollouts = first_rollout + workers.updates

@@ -39,6 +39,41 @@ def merge(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.stack([count, one[1] + delta * share, one[2] + other[2] + delta**2 * one[0] * share])
 
 
+class Ledger:
+    """What several processes observed, each in an account of its own, so that they need no lock and lose nothing.
+
+    Args:
+        accounts: Shared by all: (n + 1, 2, 3, d) float64. Each process has two pages, of which one is valid, so that
+            one that is killed as it writes leaves a whole one; the last account is what was observed before.
+        valid: Shared by all: which of the two pages, (n,).
+        rank: The account to write to.
+    """
+
+    def __init__(self, accounts: np.ndarray, valid: np.ndarray, rank: int = 0) -> None:
+        self._accounts, self._valid, self._rank = accounts, valid, rank
+
+    @staticmethod
+    def blank(n: int, before: Tensor) -> Tensor:
+        """Accounts of n processes that observed nothing yet beyond `before`, (3, d)."""
+        accounts = torch.zeros(n + 1, 2, *before.shape, dtype=torch.float64)
+        accounts[-1, 0] = before
+        return accounts
+
+    def add(self, moments: np.ndarray) -> None:
+        """Count in what this process observed."""
+        page = int(self._valid[self._rank])
+        own = self._accounts[self._rank]
+        own[1 - page] = merge(own[page], moments)
+        self._valid[self._rank] = 1 - page
+
+    def total(self) -> np.ndarray:
+        """The moments of what all of them observed, (3, d)."""
+        total = self._accounts[-1, 0]
+        for account, page in zip(self._accounts[:-1], self._valid, strict=True):
+            total = merge(total, account[int(page)])
+        return total
+
+
 class Normalizer(nn.Module):
     """Observations as (x - mean) / deviation, and rewards divided by the deviation of the discounted return.
 
@@ -59,8 +94,10 @@ class Normalizer(nn.Module):
             and, with `reward`, of the discounted return, which is the last.
         delta: The moments of what was observed since `take_delta`, for workers that put theirs together.
         running_return: r_t + gamma r_{t-1} + ... of the running episode of each environment, (n,).
+        ledger: Where several processes take in what others observed at the same time.
     """
 
+    ledger: Ledger | None = None
     moments: Tensor
     shift: Tensor
     scale: Tensor
@@ -157,6 +194,10 @@ class Normalizer(nn.Module):
         """
         assert other is not None
         delta = other.take_delta()
+        if self.ledger is not None:
+            self.ledger.add(delta)
+            self.moments.copy_(torch.as_tensor(self.ledger.total()))
+            return
         counted = other.moments.cpu().numpy()
         is_alone = np.array_equal(before[0] + delta[0], counted[0])
         self.moments.copy_(torch.as_tensor(counted if is_alone else merge(before, delta)))

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 from sbac.networks import Trainable
+from sbac.normalization import Ledger
 
-# The columns of a worker's row of counters. The parent writes ALLOWED and TURN, the worker the others.
-STEPS, UPDATES, BEAT, ALLOWED, TURN = range(5)
+# The columns of a worker's row of counters. The parent writes ALLOWED and TURN, the worker the others. PAGE is that of
+# its account in a `Ledger`.
+STEPS, UPDATES, BEAT, ALLOWED, TURN, PAGE = range(6)
 # The columns of the parent's row: whether workers are to stop, the count of transitions to begin with, how many make a
 # whole rollout, and whether all that there are have been granted, so that the last rollouts may be shorter.
 STOP, FIRST_STEP, ROLLOUT, ALL_GRANTED = range(4)
@@ -131,6 +133,11 @@ class SharedMemory:
         memory.flags[FIRST_STEP] = first_step
         return memory
 
+    def ledger(self, rank: int = 0) -> Ledger | None:
+        """The accounts of what workers observe, if there are such, to be written to by one of them."""
+        accounts = self.tensors.get("ledger")
+        return None if accounts is None else Ledger(accounts.numpy(), self.rows[:, PAGE], rank)
+
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite tensors of the same names with what the block holds now."""
         for name, tensor in tensors.items():
@@ -190,6 +197,9 @@ class SharedMemoryTransport(Transport):
         """
         policy.live_in(self._memory.tensors)
         self._shared, self._state = policy, state
+        normalizer = getattr(policy, "normalizer", None)
+        if normalizer is not None:
+            normalizer.ledger = self._memory.ledger(self.rank)
 
     def be_ready(self) -> None:
         """Say that all is made: from now on, steps are expected."""
