@@ -10,7 +10,7 @@ from sbac.archive import ArchiveError
 from sbac.ddpg import DDPG
 from sbac.evaluation import evaluate_policy
 from sbac.guards import EnvironmentFault, NotFiniteError, WorkerFault
-from sbac.loading import inspect, load
+from sbac.loading import convert, inspect, load
 from sbac.td3 import TD3
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "EnvironmentFault",
     "NotFiniteError",
     "WorkerFault",
+    "convert",
     "evaluate_policy",
     "inspect",
     "load",

@@ -310,13 +310,18 @@ def _open_checked(source: Source) -> Iterator["_Reader"]:
     if not isinstance(source, str | os.PathLike):
         yield _Reader(source, str(getattr(source, "name", "the given file")))
         return
-    path = _find(Path(source))
+    path = find_file(Path(source))
     with path.open("rb") as file:
         yield _Reader(file, str(path))
 
 
-def _find(path: Path) -> Path:
-    # As in writing, a name without a suffix means the .zip first.
+def find_file(path: Path) -> Path:
+    """The file that a path means: as in writing, a name without a suffix is that of the .zip first.
+
+    Raises:
+        FileNotFoundError: There is none; the message names the most similar one beside it.
+        IsADirectoryError: It is a folder.
+    """
     zipped = Path(f"{path}.zip")
     candidates = (path, zipped) if path.suffix else (zipped, path)
     for candidate in candidates:
@@ -344,7 +349,10 @@ class _Reader:
 
         self.members = {info.filename: info for info in self.zip.infolist()}
         if "_stable_baselines3_version" in self.members or {"data", "policy.pth"} <= self.members.keys():
-            raise ArchiveError(f"{label} is a Stable-Baselines3 file; reading those is not supported")
+            raise ArchiveError(
+                f"{label} is a Stable-Baselines3 file, not a model file of sbac: A2C.load, DDPG.load, TD3.load and "
+                "sbac.load read it, and `sbac convert` makes a file of sbac's own of it"
+            )
         if "meta.json" not in self.members:
             raise ArchiveError(f"{label} is a zip file, but not a model file of sbac: it has no meta.json")
         self.meta = self.json("meta.json")

@@ -576,18 +576,21 @@ class BaseAlgorithm(metaclass=Constructed):
         print_system_info: bool = False,
         force_reset: bool = True,
         allow_pickle: bool = False,
+        vecnormalize: PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
         """Read a model from a file. On the class: a new model. On a model: into that model, which is returned.
 
         Args:
-            path: A file written by `save`; ".zip" may be left out.
+            path: A file written by `save`, or by Stable-Baselines3; ".zip" may be left out.
             env: Environments to go on learning in, with the model's spaces. Not needed for `predict`.
             device: Where the networks go.
             custom_objects: Values in place of the file's, by argument; for what the file cannot hold as data.
             print_system_info: Print what the file was written with.
             force_reset: Accepted for scripts written for Stable-Baselines; learning begins with new episodes.
             allow_pickle: Unpickle a user's own objects in the file. Only for files that you trust: it runs code.
+            vecnormalize: What ``VecNormalize.save`` wrote beside a Stable-Baselines3 file: its statistics become the
+                model's own.
             **kwargs: Constructor arguments in place of the file's.
 
         Raises:
@@ -600,7 +603,7 @@ class BaseAlgorithm(metaclass=Constructed):
         # Stable-Baselines' habit is to pass custom objects of all its algorithms at once.
         known = argument_names(cls)
         overrides = {**{k: v for k, v in (custom_objects or {}).items() if k in known}, **kwargs}
-        model = checkpoint.load(cls, path, env, device, overrides, allow_pickle, print_system_info)
+        model = checkpoint.load(cls, path, env, device, overrides, allow_pickle, print_system_info, vecnormalize)
         if instance is None:
             return model
         for name in ("_logger", "_event_file", "_run_name"):

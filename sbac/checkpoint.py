@@ -19,6 +19,9 @@ from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make
 from sbac.observations import split_mask
+from sbac.preprocessing import Preprocessor
+from sbac.sb3 import read_stable_baselines
+from sbac.sb3_file import is_stable_baselines
 from sbac.segments import Segments, read_segments
 from sbac.tape import Recording
 from sbac.trees import leaves, space_tree, tree_like
@@ -90,9 +93,17 @@ def load(
     overrides: Mapping[str, Any],
     allow_pickle: bool,
     print_system_info: bool,
+    vecnormalize: PathLike | None = None,
 ) -> BaseAlgorithm:
     """Make a model from a file; see `BaseAlgorithm.load`."""
-    file = read_archive(path, allow_pickle=allow_pickle)
+    is_foreign = is_stable_baselines(path)
+    remarks: list[str] = []
+    if is_foreign:
+        file, remarks = read_stable_baselines(path, vecnormalize)
+    else:
+        if vecnormalize is not None:
+            raise ValueError(f"vecnormalize goes with a Stable-Baselines3 file, which {path} is not")
+        file = read_archive(path, allow_pickle=allow_pickle)
     if file.meta.get("class") != cls.__name__:
         raise ArchiveError(
             f"{path} holds a model of {file.meta.get('class')}, not of {cls.__name__}: "
@@ -112,6 +123,9 @@ def load(
     if env is not None:
         made = cls.open_environments(env, number_to_make(env, known.n_envs))
         given["n_envs"] = made.num_envs
+        if is_foreign and Preprocessor(made.observation_space).space == known.observation_space:
+            # Stable-Baselines3 turned the environment's images around before the model saw their space.
+            known = known._replace(observation_space=made.observation_space)
         for what in ("observation_space", "action_space"):
             if getattr(known, what) != getattr(made, what):
                 raise ValueError(
@@ -119,7 +133,7 @@ def load(
                     f"made for {getattr(known, what)}, the environment has {getattr(made, what)}"
                 )
     model = cls(env=made, device=device, **given)
-    for remark in _restore(model, file, path):
+    for remark in [*remarks, *_restore(model, file, path)]:
         warnings.warn(remark, stacklevel=3)
     return model
 

@@ -1,10 +1,11 @@
-"""The command line: ``sbac train | eval | watch | plot | inspect``, also as ``python -m sbac``."""
+"""The command line: ``sbac train | eval | watch | plot | inspect | convert``, also as ``python -m sbac``."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import tomllib
@@ -24,7 +25,7 @@ from sbac.envs import make_environments
 from sbac.evaluation import evaluate_policy
 from sbac.guards import EnvironmentFault, NotFiniteError, WorkerFault, require_whole
 from sbac.interruption import Interruption, interruption
-from sbac.loading import ALGORITHMS, algorithm, inspect, load
+from sbac.loading import ALGORITHMS, algorithm, convert, inspect, load
 from sbac.logger import configure
 from sbac.plotting import plot_learning_curve
 from sbac.recipes import read_recipe, read_value, registered_id
@@ -99,7 +100,7 @@ class _Output:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sbac", description="Actor-critic reinforcement learning: train, evaluate, watch, plot, inspect."
+        prog="sbac", description="Actor-critic reinforcement learning: train, evaluate, watch, plot, inspect, convert."
     )
     parser.add_argument("--version", action="version", version=f"sbac {sbac.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -163,6 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     describe.set_defaults(command=_inspect, name="inspect")
     describe.add_argument("model", type=Path, help="a model file, or the folder of a run")
     describe.add_argument("--json", action="store_true", help="as JSON, complete")
+
+    change = commands.add_parser("convert", help="make a model file of one of Stable-Baselines3's; runs none of it")
+    change.set_defaults(command=_convert, name="convert")
+    change.add_argument("model", type=Path, help="the zip file of an A2C, DDPG or TD3 of Stable-Baselines3")
+    change.add_argument("out", type=Path, help="the model file to write")
+    change.add_argument("--vecnormalize", type=Path, metavar="FILE", help="what VecNormalize.save wrote beside it")
     return parser
 
 
@@ -369,7 +376,7 @@ def _write_config(folder: Path, model: BaseAlgorithm, options: argparse.Namespac
         file.write(json.dumps(config, indent=2) + "\n")
 
 
-# Eval, watch, plot, inspect.
+# Eval, watch, plot, inspect, convert.
 
 
 def _model_file(path: Path) -> Path:
@@ -470,4 +477,13 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"    {array['name']} {tuple(array['shape'])} {array['dtype']}")
     print(f"  full checkpoint: {'yes' if content['state'] else 'no'}")
     print(f"  Python objects of the user's own: {'yes' if content['objects'] else 'no'}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    for remark in convert(options.model, options.out, options.vecnormalize):
+        print(f"note: {remark}")
+    content = inspect(options.out)
+    meta, n_numbers = content["meta"], sum(math.prod(array["shape"]) for array in content["arrays"])
+    print(f"{options.out}: {meta['class']}, {meta['counters']['num_timesteps']:,} timesteps, {n_numbers:,} numbers")
     return 0

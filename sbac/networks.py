@@ -82,7 +82,7 @@ class NatureCNN(BaseFeaturesExtractor):
             nn.ReLU(),
             nn.Flatten(),
         )
-        n_flat = 64 * _after_convolutions(height) * _after_convolutions(width)
+        n_flat = 64 * after_convolutions(height) * after_convolutions(width)
         self.linear = nn.Sequential(nn.Linear(n_flat, features_dim), nn.ReLU())
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -94,7 +94,8 @@ SMALLEST_IMAGE = 36
 """Pixels of a side, below which nothing is left after the convolutions of `NatureCNN`."""
 
 
-def _after_convolutions(side: int) -> int:
+def after_convolutions(side: int) -> int:
+    """What the convolutions of `NatureCNN` leave of a side of an image, in pixels."""
     for kernel, stride in ((8, 4), (4, 2), (3, 1)):
         side = (side - kernel) // stride + 1
     return side

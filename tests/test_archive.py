@@ -732,5 +732,5 @@ def test_files_of_stable_baselines3_are_recognised(tmp_path: Path) -> None:
     stable_baselines3 = pytest.importorskip("stable_baselines3")
     stable_baselines3.A2C("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "theirs")
     for read in (read_archive, inspect_archive):
-        with pytest.raises(ArchiveError, match="Stable-Baselines3 file; reading those is not supported"):
+        with pytest.raises(ArchiveError, match="Stable-Baselines3 file, not a model file of sbac: A2C"):
             read(tmp_path / "theirs")
