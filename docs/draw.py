@@ -313,7 +313,7 @@ def ddpg_actor() -> Picture:
 
 def ddpg_critic() -> Picture:
     """A state and an action in, one number out; and why the action is an input."""
-    p = Picture(720, 350, "DQN's network gives one value for each action; DDPG's critic takes the action as an input")
+    p = Picture(720, 308, "DQN's network gives one value for each action; DDPG's critic takes the action as an input")
     p.text(175, 34, "DQN: one output for each action", "title")
     p.arrow((24, 150), (74, 150), label="s", at=(44, 136))
     p.box(74, 90, 120, 120, "plain", "Network")
@@ -322,7 +322,7 @@ def ddpg_critic() -> Picture:
         p.text(237, y, f"Q(s, {name}) = {value}", "small left")
     p.text(175, 256, "the largest is found by comparing", "small")
     p.text(175, 280, "for continuous actions: infinitely many", "small")
-    p.line((372, 30), (372, 320), style="faint")
+    p.line((372, 30), (372, 280), style="faint")
     p.text(546, 34, "DDPG: the action is an input", "title")
     p.arrow((400, 110), (460, 110), label="s", at=(424, 96))
     p.box(460, 78, 84, 64, "actor", "Actor", "μ(s)")

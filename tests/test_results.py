@@ -67,7 +67,8 @@ def test_it_trains_resumes_and_skips(here: Path, monkeypatch: pytest.MonkeyPatch
     page = Path("manual/results.md").read_text(encoding="utf-8")
     assert f"0: {float(first['mean']):.1f} ± {float(first['deviation']):.1f}<br>1: {float(whole[0]):.1f}" in page
     assert f"| {(float(first['mean']) + float(second['mean'])) / 2:.1f} | 500.0 ± 0.0 [[elsewhere](#sources)]" in page
-    assert "| DDPG | Pendulum-v1 | 20,000 | not run | - | - | `sbac train ddpg Pendulum-v1 --seed S` |" in page
+    command = "`sbac train ddpg Pendulum-v1 --seed S`"
+    assert f"| DDPG on Pendulum-v1<br>{command} | 20,000 | not run | - | - |" in page
     assert "(results/a2c_CartPole-v1.png)" in page
     assert Path("manual/results/a2c_CartPole-v1.png").read_bytes().startswith(b"\x89PNG")
 
@@ -82,7 +83,11 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(here: Path, capsys: pytes
     Path("rows.toml").write_text(broken, encoding="utf-8")
     assert run.main(["--jobs", "1", "--rows", "rows.toml", "--out", "manual/results"]) == 1
     assert "the training did not end well; see runs/results/a2c_NoSuchEnvironment-v0_0.log" in capsys.readouterr().out
-    assert "| A2C | NoSuchEnvironment-v0 | 5 | not run |" in Path("manual/results.md").read_text(encoding="utf-8")
+    page = Path("manual/results.md").read_text(encoding="utf-8")
+    assert (
+        "| A2C on NoSuchEnvironment-v0<br>`sbac train a2c NoSuchEnvironment-v0 --seed S --steps 5` | 5 | not run |"
+        in page
+    )
 
 
 def test_results_of_another_recipe_do_not_count(here: Path) -> None:

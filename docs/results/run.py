@@ -57,8 +57,8 @@ last model with deterministic actions: their mean return, and the deviation over
 evaluation begin with the seed {EVALUATION_SEED} + S. Every seed that was run is in the table, whatever came of it.
 A3C's workers run freely, so that its runs do not repeat bit for bit; the others do, on one machine.
 
-| algorithm | environment | steps | seed: mean ± deviation | mean over seeds | others report | command |
-|---|---|---|---|---|---|---|"""
+| run | steps | seed: mean ± deviation | mean over seeds | others report |
+|---|---|---|---|---|"""
 REPEAT = """
 The rows are in `docs/results/rows.toml`. This trains what is missing, evaluates it, and writes this page anew; what was
 interrupted goes on where it was:
@@ -302,8 +302,8 @@ def page(rows: Sequence[Row], sources: dict[str, dict[str, str]], out: Path) -> 
         whole = f"{statistics.fmean(means):.1f}" if len(means) == len(row.seeds) else "-"
         reference = f"{row.reference} [[{row.source}](#sources)]" if row.source else row.reference or "-"
         each = "<br>".join(seeds) if means else "not run"
-        cells = (row.algorithm.upper(), row.environment, f"{row.steps:,}", each, whole, reference)
-        lines.append(f"| {' | '.join(cells)} | `{row.command('S')}` |")
+        run = f"{row.algorithm.upper()} on {row.environment}<br>`{row.command('S')}`"
+        lines.append(f"| {' | '.join((run, f'{row.steps:,}', each, whole, reference))} |")
     lines.append(REPEAT)
     lines += [f"- **{name}**: [{about['title']}]({about['url']}). {about['note']}" for name, about in sources.items()]
     drawn = [row for row in rows if (out / f"{row.file}.png").exists() and len(results[row.name]) >= len(row.seeds)]
