@@ -288,10 +288,11 @@ class ReplayBuffer:
         self.buffer_size = self.n_rows * n_envs
 
         action_dim = int(np.prod(action_space.shape or ()))
-        one = [leaf for _, leaf in leaves(_empty_obs((), observation_space))]
+        row_space = self._row_space()
+        one = [leaf for _, leaf in leaves(_empty_obs((), row_space))]
         require_memory(self.buffer_size, sum(leaf.nbytes for leaf in one) + 4 * action_dim + 4 + 1)
         shape = (self.n_rows, n_envs)
-        self.obs = _empty_obs(shape, observation_space)
+        self.obs = _empty_obs(shape, row_space)
         self.action = np.empty((*shape, action_dim), np.float32)
         self.reward = np.empty(shape, np.float32)
         self.flags = np.zeros(shape, np.uint8)
@@ -342,7 +343,7 @@ class ReplayBuffer:
         self._forget(row)
         if self._newest is not None and not _equal(self._newest, _as_stored(obs, self.obs)):
             self._find_breaks(obs)
-        set_rows(self.obs, row, obs)
+        self._keep(row, obs)
         self.action[row] = action.reshape(self.n_envs, -1)
         self.reward[row] = step.reward
         ended = step.terminated | step.truncated
@@ -462,7 +463,7 @@ class ReplayBuffer:
         own = self._arrays()
         n_held = len(state["reward"])
         require_fit(self, own, state, n_held)
-        require_ring(self, state, (state["flags"] & CUT) > 0, self.obs)
+        require_ring(self, state, (state["flags"] & CUT) > 0, _empty_obs((1, self.n_envs), self.observation_space))
         pos, after_index = int(state["pos"]), state["after_index"]
         newest = tree_like(self.obs, state, "newest") if n_held else None
         after = tree_like(self.obs, state, "after") if len(after_index) else None
@@ -473,9 +474,7 @@ class ReplayBuffer:
         }
         self.reset()
         self.full = n_held == self.n_rows
-        # The ring of a smaller buffer may begin anywhere: laid out from its oldest row, the first to be overwritten.
-        shift = 0 if self.full or n_held == 0 else pos % n_held
-        places = (np.arange(n_held) - shift) % max(n_held, 1)
+        places = self._places(n_held, pos)
         for name, array in own.items():
             array[places] = stored[name]
         self.pos = pos % self.n_rows if self.full else n_held
@@ -497,8 +496,24 @@ class ReplayBuffer:
                 del self._successor_of[row * self.n_envs + int(i)]
             self._n_empty -= int(np.count_nonzero(self.flags[row] & EMPTY))
 
+    def _places(self, n_held: int, pos: int) -> np.ndarray:
+        """Where the rows of a stored ring are, once `full` is known.
+
+        The ring of a smaller buffer may begin anywhere: laid out from its oldest row, the first to be overwritten.
+        """
+        shift = 0 if self.full or n_held == 0 else pos % n_held
+        return (np.arange(n_held) - shift) % max(n_held, 1)
+
     def _rows_held(self) -> int:
         return self.n_rows if self.full else self.pos
+
+    # What rows hold of observations; another buffer may hold less, and put them together again.
+
+    def _row_space(self) -> spaces.Space[Any]:
+        return self.observation_space
+
+    def _keep(self, row: int, obs: Tree) -> None:
+        set_rows(self.obs, row, obs)
 
     def _take(self, index: np.ndarray) -> Tree:
         return tree_map(lambda leaf: leaf.reshape(self.buffer_size, *leaf.shape[2:])[index], self.obs)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.base import BaseAlgorithm
@@ -30,7 +29,7 @@ from sbac.guards import (
     warn_if_nothing_is_learned,
 )
 from sbac.noise import ActionNoise, OrnsteinUhlenbeckActionNoise
-from sbac.observations import check_observation_space
+from sbac.observations import check_finite_box, check_observation_space
 from sbac.schedules import FloatOrSchedule
 
 
@@ -390,14 +389,7 @@ class DDPG(BaseAlgorithm):
         return self.policy.critic_target
 
     def _check_spaces(self) -> None:
-        space = self.action_space
-        if not isinstance(space, spaces.Box):
-            raise ValueError(f"DDPG acts in a Box, but the environment's action space is {space}; A2C handles Discrete")
-        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            raise ValueError(
-                f"DDPG needs finite action bounds, but the environment's action space is {space}; bound it with "
-                "gymnasium.wrappers.RescaleAction or in the environment"
-            )
+        check_finite_box(self.action_space, "DDPG")
         check_observation_space(self.observation_space, "DDPG")
 
     def _record_more(self) -> None:

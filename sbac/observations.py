@@ -46,6 +46,26 @@ def check_action_space(space: spaces.Space[Any], algorithm: str) -> None:
             )
 
 
+def check_finite_box(space: spaces.Space[Any], algorithm: str) -> None:
+    """Refuse actions that no deterministic policy can choose: all but those of a Box with finite bounds.
+
+    Raises:
+        ValueError: Naming what acts in such a space, or how to make it one to act in.
+    """
+    needs = f"{algorithm} acts in a Box with finite bounds"
+    if all(isinstance(leaf, READABLE) for _, leaf in leaves(space_tree(space))):
+        others = "A2C and A3C act in it as it is"
+    else:
+        others = "gymnasium.wrappers.TransformAction can make a Box of it"
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"{needs}, not in {space}; {others}")
+    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        bounded = f"gymnasium.wrappers.TransformAction(env, lambda action: action, spaces.Box(-1, 1, {space.shape}))"
+        raise ValueError(
+            f"{needs}, and {space} lacks them; {others}, or give it bounds that suit it, such as {bounded}"
+        )
+
+
 def n_choices(space: spaces.Space[Any]) -> int:
     """The number of values of all Discrete and MultiDiscrete parts of an action space: the length of a mask."""
     parts = [part for _, part in leaves(space_tree(space))]

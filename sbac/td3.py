@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.base import BaseAlgorithm
@@ -29,7 +28,7 @@ from sbac.guards import (
     warn_if_nothing_is_learned,
 )
 from sbac.noise import ActionNoise, NormalActionNoise
-from sbac.observations import check_observation_space
+from sbac.observations import check_finite_box, check_observation_space
 from sbac.schedules import FloatOrSchedule
 
 
@@ -398,14 +397,7 @@ class TD3(BaseAlgorithm):
         return self.policy.critic_target
 
     def _check_spaces(self) -> None:
-        space = self.action_space
-        if not isinstance(space, spaces.Box):
-            raise ValueError(f"TD3 acts in a Box, but the environment's action space is {space}; A2C handles Discrete")
-        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            raise ValueError(
-                f"TD3 needs finite action bounds, but the environment's action space is {space}; bound it with "
-                "gymnasium.wrappers.RescaleAction or in the environment"
-            )
+        check_finite_box(self.action_space, "TD3")
         check_observation_space(self.observation_space, "TD3")
 
     def _record_more(self) -> None:

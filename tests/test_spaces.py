@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from sbac import A2C, DDPG, TD3, EnvironmentFault, evaluate_policy
+from sbac import A2C, A3C, DDPG, TD3, EnvironmentFault, evaluate_policy
 from sbac.bodies import choose_policy
 from sbac.distributions import DistributionFamily
 from sbac.envs import ActionCodec, Spaces, make_environments
@@ -21,6 +21,8 @@ from sbac.policies import StochasticActorCritic
 from sbac.preprocessing import Preprocessor, has_channels_last
 from sbac.trees import leaves, rows, space_tree, tree_map
 
+OBSERVED = spaces.Box(-1, 1, (3,), np.float32)
+BIT = spaces.Discrete(2)
 CPU = torch.device("cpu")
 ACTIONS: dict[str, spaces.Space[Any]] = {
     "discrete": spaces.Discrete(3, start=-1),
@@ -171,6 +173,52 @@ def test_boxes_of_every_shape_reach_the_environment(cls: Any, shape: tuple[int, 
     witness = Witness(spaces.Box(3, 5, shape, np.float32))
     cls("MlpPolicy", witness, learning_starts=10, batch_size=4, buffer_size=50, seed=0).learn(30)
     assert {np.shape(action) for action in witness.received} == {shape}
+
+
+UNBOUNDED = spaces.Box(np.float32([-np.inf, 0]), np.float32([1, np.inf]))
+BOTH = "A2C and A3C act in it as it is"
+NEITHER = {"text": spaces.Text(5), "part": spaces.Dict({"a": spaces.Box(-1, 1), "b": spaces.Sequence(BIT)})}
+REFUSED: list[tuple[Any, spaces.Space[Any], str]] = [
+    *((cls, space, BOTH) for cls in (DDPG, TD3) for name, space in ACTIONS.items() if name != "box"),
+    *((cls, UNBOUNDED, BOTH) for cls in (DDPG, TD3)),
+    *((cls, spaces.Dict({"a": spaces.Box(-1, 1)}), BOTH) for cls in (DDPG, TD3)),
+    *((cls, space, "TransformAction can make") for cls in (A2C, A3C, DDPG, TD3) for space in NEITHER.values()),
+]
+
+
+@pytest.mark.parametrize(("cls", "space", "nearest"), REFUSED)
+def test_actions_that_an_algorithm_cannot_choose_are_refused_with_what_can(
+    cls: Any, space: spaces.Space[Any], nearest: str
+) -> None:
+    """Whatever the policy, the error names the space, the algorithm, and the nearest thing that works, which does."""
+    for policy in ("MlpPolicy", "auto"):
+        with pytest.raises(ValueError, match=nearest) as caught:
+            cls(policy, Spaces(OBSERVED, space, 1))
+        assert str(caught.value).startswith(f"{cls.__name__} acts in ")
+        assert f"{space}" in str(caught.value)
+    if nearest == BOTH:
+        for other in (A2C, A3C):
+            other("MlpPolicy", Spaces(OBSERVED, space, 1), policy_kwargs={"net_arch": [8]})
+
+
+@pytest.mark.parametrize("cls", [A2C, A3C, DDPG, TD3])
+def test_observations_that_no_algorithm_reads_are_refused_with_what_makes_them_readable(cls: Any) -> None:
+    for space in NEITHER.values():
+        with pytest.raises(ValueError, match=r"gymnasium\.wrappers\.FlattenObservation or TransformObs") as caught:
+            cls("MlpPolicy", Spaces(space, spaces.Box(-1, 1), 1))
+        assert str(caught.value).startswith(f"{cls.__name__} reads ")
+        assert f"{space}" in str(caught.value)
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_bounds_as_the_error_says_let_it_act(cls: Any) -> None:
+    with pytest.raises(ValueError, match="finite bounds") as caught:
+        cls("MlpPolicy", Witness(spaces.Box(-np.inf, np.inf, (2,), np.float32)))
+    advice = str(caught.value).split("bounds that suit it, such as ")[1]
+    env = Witness(spaces.Box(-np.inf, np.inf, (2,), np.float32))
+    wrapped = eval(advice, {"gymnasium": gymnasium, "spaces": spaces, "env": env})
+    cls("MlpPolicy", wrapped, learning_starts=5, buffer_size=50, batch_size=4, seed=0).learn(6)
+    assert len(env.received) == 6
 
 
 # Observations.
