@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import re
 import signal
 import subprocess
@@ -368,6 +369,34 @@ def test_a_stopped_worker_is_replaced():
     with pytest.warns(UserWarning, match=r"took no step for 1 seconds and was ended"):
         model.learn(4_000, callback=Signal(signal.SIGSTOP, after=500))
     assert model.num_timesteps == 4_000
+
+
+class Killer(BaseCallback):
+    """Kills a worker, drawn at random, every 6,000 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kills = 0
+        self.draw = random.Random(0)
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= 6_000 * (self.kills + 1) and self.kills < 30:
+            found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "sbac.transport"], capture_output=True)
+            os.kill(self.draw.choice([int(word) for word in found.stdout.split()]), signal.SIGKILL)
+            self.kills += 1
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:worker .* was killed by SIGKILL")
+def test_a3c_learns_cart_pole_although_thirty_workers_are_killed():
+    model = A3C("MlpPolicy", "CartPole-v1", n_workers=2, n_envs=4, max_worker_restarts=30, seed=0)
+    killer = Killer()
+    model.learn(200_000, callback=killer)
+    assert (killer.kills, model.num_timesteps) == (30, 200_000)
+    assert np.isfinite(model.policy.flat.detach().numpy()).all()
+    # Workers that run freely make no two runs alike: 475 counts as solved, 22 is chance, and this is far from both.
+    assert evaluate_policy(model, "CartPole-v1", 50, seed=1000)[0] >= 250
 
 
 def test_a_worker_that_raises_is_replaced_until_it_is_too_much():
