@@ -19,12 +19,13 @@ from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make
 from sbac.observations import split_mask
+from sbac.optimization import require_statistics
 from sbac.preprocessing import Preprocessor
 from sbac.sb3 import read_stable_baselines
 from sbac.sb3_file import is_stable_baselines
 from sbac.segments import Segments, read_segments
 from sbac.tape import Recording
-from sbac.trees import leaves, space_tree, tree_like
+from sbac.trees import Tree, leaves, space_tree, tree_like
 
 if TYPE_CHECKING:
     from sbac.base import BaseAlgorithm
@@ -132,7 +133,12 @@ def load(
                     f"the environment has another {what.replace('_', ' ')} than the model in {path}: the model was "
                     f"made for {getattr(known, what)}, the environment has {getattr(made, what)}"
                 )
-    model = cls(env=made, device=device, **given)
+    try:
+        model = cls(env=made, device=device, **given)
+    except Exception as error:  # whatever strange values of a file lead to
+        if overrides:
+            raise  # may be about those, which are the caller's
+        raise ArchiveError(f"{path}: no model can be made from its arguments: {error}") from error
     for remark in [*remarks, *_restore(model, file, path)]:
         warnings.warn(remark, stacklevel=3)
     return model
@@ -222,19 +228,27 @@ def _restore(model: Any, file: Archive, path: Any) -> list[str]:
         apart = _read_apart(file.state["replay_segments"], path)
         file.arrays.update({f"state/replay_buffer/{name}": array for name, array in apart.items()})
     _load_weights(model, file, path)
+    counters = file.meta.get("counters")
     for name in COUNTERS:
+        count = counters.get(name, 0) if isinstance(counters, dict) else None
+        if type(count) is not int or not 0 <= count < 2**62:
+            raise ArchiveError(f"{path}: meta.json does not count {name}: {count!r}")
         if hasattr(model, name):
-            setattr(model, name, int(file.meta["counters"].get(name, 0)))
+            setattr(model, name, count)
     model._obs = None
     if file.state is None:
         return []
+    recordings, obs = None, None
     try:
         remarks = _set_state(model, file)
-        recordings = _recordings(file)
+        if model.env is not None and _has_same_environments(model, file):
+            recordings = _recordings(model, file)
+            if recordings is not None:
+                obs = _running_obs(model, file)
     except Exception as error:  # the content passes through setters of numpy and torch, which raise what they like
         raise ArchiveError(f"{path}: the state of the checkpoint cannot be restored: {error!r}") from error
-    if recordings is not None and model.env is not None and _has_same_environments(model, file):
-        remarks += _put_environments_back(model, recordings, _below(file.arrays, "state/"))
+    if recordings is not None:
+        remarks += _put_environments_back(model, recordings, obs)
     return remarks
 
 
@@ -330,13 +344,17 @@ def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
     except ValueError as error:
         raise ArchiveError(f"{path}: {error}") from error
     for name, network in model._trained().items():
-        stored = _below(file.arrays, f"optimizer/{name}/")
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, array in stored.items():
-            index, _, entry = key.partition("/")
-            state.setdefault(int(index), {})[entry] = array_to_tensor(array)
-        groups = network.optimizer.state_dict()["param_groups"]
-        network.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        try:
+            for key, array in _below(file.arrays, f"optimizer/{name}/").items():
+                index, _, entry = key.partition("/")
+                state.setdefault(int(index), {})[entry] = array_to_tensor(array)
+            for statistics in state.values():
+                require_statistics(network.optimizer, statistics)
+            groups = network.optimizer.state_dict()["param_groups"]
+            network.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except ValueError as error:
+            raise ArchiveError(f"{path}: the optimizer of the {name} cannot be restored: {error}") from error
 
 
 def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -396,8 +414,10 @@ def _set_state(model: Any, file: Archive) -> list[str]:
         model.ep_success_buffer.extend(data["ep_success_buffer"])
         model.episodes.count = int(data["n_episodes"])
         if same_environments:
-            model.episodes.running_return = arrays["episodes/return"]
-            model.episodes.running_length = arrays["episodes/length"]
+            for name in ("return", "length"):
+                own = getattr(model.episodes, f"running_{name}")
+                _require_form(f"episodes/{name}", arrays[f"episodes/{name}"], own.shape, own.dtype)
+                setattr(model.episodes, f"running_{name}", arrays[f"episodes/{name}"])
             model.policy.set_running_state(_below(arrays, "episodes/policy/"))
         else:
             model.episodes.start()
@@ -421,22 +441,35 @@ def _has_same_environments(model: Any, file: Archive) -> bool:
     return bool(file.config["arguments"]["n_envs"] == model.n_envs)
 
 
-def _recordings(file: Archive) -> list[Recording | None] | None:
+def _recordings(model: Any, file: Archive) -> list[Recording | None] | None:
     """The running episodes in a file, None if it has none."""
     starts = (file.state or {}).get("environments")
     if starts is None:
         return None
+    if len(starts) != model.n_envs:
+        raise ValueError(f"it has the running episodes of {len(starts)} environments, not of {model.n_envs}")
     return [
         None if start is None else Recording(**decode(start), actions=file.arrays[f"state/environments/{i}/actions"])
         for i, start in enumerate(starts)
     ]
 
 
-def _put_environments_back(
-    model: Any, recordings: list[Recording | None], arrays: Mapping[str, np.ndarray]
-) -> list[str]:
+def _running_obs(model: Any, file: Archive) -> Tree:
+    """What the running episodes in a file were at, (n, *obs_shape)."""
+    form = space_tree(model.observation_space)
+    obs = tree_like(form, _below(file.arrays, "state/"), "episodes/obs")
+    for (name, array), (_, space) in zip(leaves(obs, "episodes/obs"), leaves(form), strict=True):
+        _require_form(name, array, (model.n_envs, *(space.shape or ())), array.dtype)
+    return obs
+
+
+def _require_form(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}, not {shape} and {dtype}")
+
+
+def _put_environments_back(model: Any, recordings: list[Recording | None], obs: Tree) -> list[str]:
     """Bring each environment to where it was; where that can't be, begin a new episode and truncate the old one."""
-    obs = tree_like(space_tree(model.observation_space), arrays, "episodes/obs")
     seed = None if model.seed is None else _new_seed(model._env_seed, model.num_timesteps)
     model._obs, failed = model.env.put_back(recordings, obs, model.episodes.running_return, seed)
     model._reset_count = model.env.reset_count

@@ -116,6 +116,25 @@ def initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return initial
 
 
+def require_statistics(optimizer: torch.optim.Optimizer, given: Mapping[str, Tensor]) -> None:
+    """Refuse stored statistics that lack some of those that an optimizer keeps of its only parameter. More do no harm.
+
+    Raises:
+        ValueError: Naming those that differ by name or shape.
+    """
+    trial = _trial(optimizer)
+    trial.step()
+    kept = trial.state[trial.param_groups[0]["params"][0]]
+    own = {name: tuple(torch.as_tensor(value).shape) for name, value in kept.items()}
+    stored = {name: tuple(value.shape) for name, value in given.items()}
+    differing = sorted(name for name in own if own[name] != stored.get(name))
+    if differing:
+        raise ValueError(
+            f"the shapes of the statistics that {type(optimizer).__name__} keeps differ: "
+            + ", ".join(f"{name} is {stored.get(name)}, not {own[name]}" for name in differing)
+        )
+
+
 def _trial(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """A copy at its beginning, with a gradient to step along."""
     trial = copy.deepcopy(optimizer)

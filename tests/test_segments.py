@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -496,3 +498,57 @@ def test_a_segment_is_a_model_file_that_can_be_inspected(tmp_path: Path) -> None
     _, data = written(tmp_path)
     content = inspect_archive(tmp_path / data["segments"][0])
     assert content["meta"]["class"] == "Segment" and not content["objects"]
+
+
+def test_whenever_the_disk_is_full_the_last_checkpoint_loads(tmp_path: Path) -> None:
+    """After a random number of bytes of a file: in segments as in checkpoints."""
+    program = """
+import os, resource, sys, warnings
+from pathlib import Path
+import numpy as np
+from sbac import DDPG, segments
+from sbac.callbacks import CheckpointCallback
+
+folder = Path(sys.argv[1])
+os.fsync = lambda _: None  # none of these files must outlive the machine
+segments.SMALL, segments.LARGE = 2**10, 2**13
+random = np.random.default_rng(0)
+
+def make():
+    how = {"buffer_size": 400, "learning_starts": 10, "train_freq": 10, "batch_size": 4, "gradient_steps": 1}
+    return DDPG("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [4]}, seed=0, **how)
+
+model, checkpoints = make(), CheckpointCallback(20, folder, keep_last=2)
+model.learn(100, callback=checkpoints)
+last, n_failed, in_segments = 100, 0, 0
+for _ in range(15):
+    largest = max(path.stat().st_size for path in folder.glob("*.zip"))
+    limit = int(random.integers(0, largest * 1.2))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(20, callback=checkpoints, reset_num_timesteps=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    told = [str(warning.message) for warning in caught]
+    assert len(told) <= 1 and all("was not written" in text for text in told), told
+    n_failed += len(told)
+    in_segments += any("rl_model_replay" in text for text in told)
+    last = last if told else model.num_timesteps
+    resumed = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CheckpointCallback(20, folder).restore(resumed)
+    assert resumed.num_timesteps == last, (resumed.num_timesteps, last)
+    assert not list(folder.rglob("*.tmp"))
+    if not told:
+        ours, theirs = model.replay_buffer.get_state(), resumed.replay_buffer.get_state()
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ("obs", "action", "reward", "flags", "pos"))
+assert 0 < in_segments < n_failed < 15, (in_segments, n_failed)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
