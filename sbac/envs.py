@@ -194,7 +194,7 @@ class Environments:
         if not all_finite(reward):
             index = first_not_finite(reward)
             raise NotFiniteError(
-                f"environment {index} sent the reward {reward[index]} at step {self._step_count}; "
+                f"{self._who(index)} sent the reward {reward[index]} at step {self._step_count}; "
                 "rewards must be finite numbers: check the environment's reward for divisions and logarithms"
             )
         obs = self._with_mask(step.obs, ~(step.terminated | step.truncated), where) if self._n_choices else step.obs
@@ -272,7 +272,7 @@ class Environments:
         sent = dict(leaves(obs))
         if sent.keys() != self._promised.keys():
             raise EnvironmentFault(
-                f"the vector environment sent observations with the parts {sorted(sent)} at {where}; "
+                f"{self.env!r} sent observations with the parts {sorted(sent)} at {where}; "
                 f"its space promises {sorted(self._promised)}: mend the environment or its space"
             )
         for name, array in sent.items():
@@ -280,8 +280,8 @@ class Environments:
             part = f" ({name})" if name else ""
             if array.shape != shape or not np.can_cast(array.dtype, dtype):
                 raise EnvironmentFault(
-                    f"the vector environment sent observations{part} of shape {array.shape} and dtype {array.dtype} at "
-                    f"{where}; its space promises {shape} and {dtype}: mend the environment or its space"
+                    f"{self.env!r} sent observations{part} of shape {array.shape} and dtype {array.dtype} at {where}; "
+                    f"its space promises {shape} and {dtype}: mend the environment or its space"
                 )
             if name in self._limits:
                 low, high = self._limits[name]
@@ -289,15 +289,18 @@ class Environments:
                 if outside.any():
                     index = int(np.argmax(outside))
                     raise EnvironmentFault(
-                        f"environment {index} sent the observation{part} {array[index]} at {where}, which is outside "
+                        f"{self._who(index)} sent the observation{part} {array[index]} at {where}, which is outside "
                         f"its space: from {low} to {high}"
                     )
             if not all_finite(array):
                 index = first_not_finite(array)
                 raise NotFiniteError(
-                    f"environment {index} sent an observation{part} that is not finite at {where}: {array[index]}; "
+                    f"{self._who(index)} sent an observation{part} that is not finite at {where}: {array[index]}; "
                     "look for divisions by zero or exploding physics in the environment"
                 )
+
+    def _who(self, index: int) -> str:
+        return f"environment {index}" if self._watched else f"environment {index} of {self.env!r}"
 
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
         who = f"the vector environment {self.env!r}"

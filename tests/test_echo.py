@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sbac import A2C, DDPG, TD3, evaluate_policy
+from sbac import A2C, A3C, DDPG, TD3, evaluate_policy
 from sbac.noise import NormalActionNoise
 from sbac.trees import leaves, space_tree
 
@@ -85,6 +85,17 @@ def test_a2c_echoes_a_box_with_a_squashed_gaussian() -> None:
     model = A2C("MlpPolicy", lambda: Echo(BOX), n_envs=8, gamma=0.0, learning_rate=3e-3, seed=0, policy_kwargs=kwargs)
     model.learn(12_000)
     assert mean_return(model, BOX) > 9.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["box", "several discrete"])
+def test_a3c_echoes_actions_of_two_more_spaces(name: str) -> None:
+    """As A2C, in one and a half times the steps: two workers learn from weights that the other moves."""
+    space, n_steps, asked = SPACES[name]
+    model = A3C("auto", lambda: Echo(space), n_workers=2, n_envs=4, gamma=0.0, learning_rate=3e-3, seed=0)
+    assert mean_return(model, space) < 8.5
+    model.learn(1.5 * n_steps)
+    assert mean_return(model, space) >= asked - 0.1
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 2)])

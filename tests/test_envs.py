@@ -460,14 +460,51 @@ def test_faults_in_a_vector_environment_name_the_step(kind: Callable[..., Any]) 
     with pytest.raises(EnvironmentFault, match=message):
         run(make_environments(kind(three(culprit=1, at=3, what="raise"))))
     for what, name in (("nan", "observation"), ("inf_reward", "reward")):
-        with pytest.raises(NotFiniteError, match=rf"environment 1 sent .*{name}.* at step 3"):
+        with pytest.raises(NotFiniteError, match=rf"environment 1 of .*{kind.__name__}.* sent .*{name}.* at step 3"):
             run(make_environments(kind(three(culprit=1, at=3, what=what))))
+
+
+class Faulty(gymnasium.vector.VectorWrapper[Any, Any, Any]):
+    """A vector environment that fails in its third step: it raises, or the last of its environments sends NaN."""
+
+    def __init__(self, env: Any, what: str) -> None:
+        super().__init__(env)
+        self.what, self.steps = what, 0
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        obs, reward, *others = self.env.step(actions)
+        self.steps += 1
+        if self.steps == 3:
+            if self.what == "raise":
+                raise ValueError("boom")
+            obs, reward = obs.copy(), reward.copy()
+            (obs if self.what == "observation" else reward)[-1] = np.nan
+        return obs, reward, *others
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("make", [native_cartpole, envpool_cartpole])
+def test_a_natively_vectorised_environment_that_fails_names_itself(make: Callable[[int], Any]) -> None:
+    def balance(env: Any) -> None:
+        door = make_environments(env)
+        door.reset()
+        for _ in range(4):
+            door.step(np.zeros(3, int))
+
+    name = "CartPole"  # in its repr
+    with pytest.raises(EnvironmentFault, match=rf"the vector environment .*{name}.* raised ValueError at step 3: boom"):
+        balance(Faulty(make(10), "raise"))
+    for what in ("observation", "reward"):
+        with pytest.raises(NotFiniteError, match=rf"environment 2 of .*{name}.* sent .*{what}.* at step 3"):
+            balance(Faulty(make(10), what))
 
 
 def test_a_vector_environment_whose_observations_do_not_fit_its_space_is_refused() -> None:
     env = ShapedVecEnv(counters())
     env.observation_space = spaces.Box(0, 1, (4,), np.float32)
-    with pytest.raises(EnvironmentFault, match=r"shape \(3, 3\) and dtype float32 at reset; .* \(3, 4\) and float32"):
+    with pytest.raises(
+        EnvironmentFault, match=r"ShapedVecEnv.* shape \(3, 3\) and dtype float32 at reset; .* \(3, 4\) and float32"
+    ):
         make_environments(env).reset()
 
     env.observation_space = spaces.Box(0, 1, (3,), np.float16)

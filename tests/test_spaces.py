@@ -233,11 +233,11 @@ OBSERVATIONS = spaces.Dict(
 )
 
 
-@pytest.mark.parametrize("cls", [A2C, DDPG, TD3])
+@pytest.mark.parametrize("cls", [A2C, A3C, DDPG, TD3])
 def test_images_and_everything_else_train_together(cls: Any, capsys: Any) -> None:
-    kwargs = {} if cls is A2C else {"learning_starts": 8, "batch_size": 4, "buffer_size": 50}
-    env = Witness(spaces.Box(-1, 1, (2,), np.float32), OBSERVATIONS)
-    model = cls("auto", env, seed=0, **kwargs)
+    off = {"learning_starts": 8, "batch_size": 4, "buffer_size": 50}
+    kwargs: dict[Any, dict[str, Any]] = {A2C: {}, A3C: {"n_workers": 1}, DDPG: off, TD3: off}
+    model = cls("auto", lambda: Witness(spaces.Box(-1, 1, (2,), np.float32), OBSERVATIONS), seed=0, **kwargs[cls])
     told = capsys.readouterr().out
     assert f"{cls.__name__}: policy 'auto' is MultiInputPolicy, since observations are a Dict" in told
     assert (
