@@ -321,24 +321,24 @@ def test_the_file_alone_is_enough(make: Any, tmp_path: Any) -> None:
 
 
 def test_the_file_alone_gives_the_same_evaluation_in_a_fresh_process(tmp_path: Any) -> None:
-    """Of deterministic and of drawn actions, to the last bit; other statistics would give another."""
+    """To the last bit; other statistics would give another."""
     arguments = {"seed": 0, "normalize_obs": True, "normalize_reward": True, "policy_kwargs": {"net_arch": [8]}}
     off = {"learning_starts": 50, "batch_size": 8, "buffer_size": 500}
     models = {
-        "a2c": A2C("MlpPolicy", "Pendulum-v1", n_envs=2, learning_rate=0.01, **arguments).learn(300),
+        "a2c": A2C("MlpPolicy", "Pendulum-v1", n_envs=2, learning_rate=0.01, **arguments).learn(100),
         "td3": TD3("MlpPolicy", "Pendulum-v1", **off, **arguments).learn(80),
     }
     code = (
         "import sys, sbac\n"
         "for path in sys.argv[1:]:\n"
-        "    rewards = sbac.evaluate_policy(sbac.load(path), 'Pendulum-v1', n_eval_episodes=2, seed=7)\n"
+        "    rewards = sbac.evaluate_policy(sbac.load(path), 'Pendulum-v1', n_eval_episodes=1, seed=7)\n"
         "    print(*(reward.hex() for reward in rewards))\n"
     )
     here = []
     for name, model in models.items():
         model.save(tmp_path / name)
         here.append(
-            [float(number).hex() for number in evaluate_policy(model, "Pendulum-v1", n_eval_episodes=2, seed=7)]
+            [float(number).hex() for number in evaluate_policy(model, "Pendulum-v1", n_eval_episodes=1, seed=7)]
         )
     paths = [str(tmp_path / f"{name}.zip") for name in models]
     told = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True).stdout
@@ -348,7 +348,7 @@ def test_the_file_alone_gives_the_same_evaluation_in_a_fresh_process(tmp_path: A
         for name, statistics in model.policy.named_buffers():
             if "normalizer" in name:
                 statistics.mul_(2)
-        assert float(evaluate_policy(model, "Pendulum-v1", n_eval_episodes=2, seed=7)[0]).hex() != before[0]
+        assert float(evaluate_policy(model, "Pendulum-v1", n_eval_episodes=1, seed=7)[0]).hex() != before[0]
 
 
 def test_the_same_seed_gives_the_same_statistics_and_weights(make: Any) -> None:
