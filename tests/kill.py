@@ -77,9 +77,13 @@ def kill_test(task: str, steps: int, n_kills: int, seed: int, folder: Path) -> l
     assert process.stdout is not None
     process.stdout.readline()
     began = time.monotonic()
+    while process.poll() is None and not list((folder / "whole").glob("checkpoints/*.zip")):
+        time.sleep(0.01)
+    first = time.monotonic() - began  # workers may take seconds to start
     finish(process)
-    duration = time.monotonic() - began
-    moments = np.random.default_rng(seed).uniform(0, 2 * duration / (n_kills + 1), n_kills)
+    rest = time.monotonic() - began - first
+    draws = np.random.default_rng(seed).uniform(size=(2, n_kills))
+    moments = first * (0.5 + draws[0]) + rest * draws[1] * 2 / (n_kills + 1)
     n_killed = 0
     for moment in moments:
         process = start(task, steps, folder / "killed")
