@@ -60,6 +60,10 @@ def finish(process: subprocess.Popen[str]) -> None:
         raise RuntimeError(f"the training ended with {process.returncode}:\n{errors}")
 
 
+def checkpoints_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoints/*.zip")}
+
+
 def kill_test(task: str, steps: int, n_kills: int, seed: int, folder: Path) -> list[str]:
     """Run the test.
 
@@ -67,7 +71,7 @@ def kill_test(task: str, steps: int, n_kills: int, seed: int, folder: Path) -> l
         task: One of `TASKS`.
         steps: Transitions of the run.
         n_kills: How often the second run is killed, by SIGKILL.
-        seed: Of the moments.
+        seed: Of the moments, which may lie before the first checkpoint, between two, or while one is written.
         folder: Where both runs go.
 
     Returns:
@@ -76,26 +80,27 @@ def kill_test(task: str, steps: int, n_kills: int, seed: int, folder: Path) -> l
     process = start(task, steps, folder / "whole")
     assert process.stdout is not None
     process.stdout.readline()
-    began = time.monotonic()
-    while process.poll() is None and not list((folder / "whole").glob("checkpoints/*.zip")):
-        time.sleep(0.01)
-    first = time.monotonic() - began  # workers may take seconds to start
     finish(process)
-    rest = time.monotonic() - began - first
-    draws = np.random.default_rng(seed).uniform(size=(2, n_kills))
-    moments = first * (0.5 + draws[0]) + rest * draws[1] * 2 / (n_kills + 1)
+    rng = np.random.default_rng(seed)
     n_killed = 0
-    for moment in moments:
+    for _ in range(n_kills):
         process = start(task, steps, folder / "killed")
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(moment)
+        # Workers may take seconds to start, so that the moments are counted from the checkpoints that are written.
+        n_new, pause = int(rng.integers(0, 3)), rng.uniform(0, 0.3)
+        before, seen = checkpoints_in(folder / "killed"), set()
+        while process.poll() is None and len(seen) < n_new:
+            time.sleep(0.005)
+            seen |= checkpoints_in(folder / "killed") - before
+        time.sleep(pause)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         n_killed += process.returncode == -signal.SIGKILL
-        kept = sorted(path.name for path in (folder / "killed").glob("checkpoints/*.zip"))
+        kept = sorted(checkpoints_in(folder / "killed"))
         n_segments = len(list((folder / "killed").glob("checkpoints/*_replay/*.zip")))
-        print(f"{task}: killed after {moment:.2f} s of training, checkpoints {kept}, {n_segments} segments", flush=True)
+        moment = f"{pause:.2f} s after {n_new} new checkpoints"
+        print(f"{task}: killed {moment}, checkpoints {kept}, {n_segments} segments", flush=True)
     finish(start(task, steps, folder / "killed"))
     print(f"{task}: {n_killed} of {n_kills} came before the end", flush=True)
     if n_killed == 0:
