@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac.guards import NotFiniteError
-from sbac.optimization import initial_state, step
+from sbac.optimization import initial_state
 from sbac.preprocessing import flat_dim, is_image_space
 from sbac.trees import Tree, leaves, space_tree
 
@@ -430,7 +430,7 @@ class Trainable(nn.Module):
         flat = self.flat.detach()
         self._before.copy_(flat)
         if self._learning:
-            step(self.optimizer)
+            self.optimizer.step()
         for span in self._frozen:
             # Momentum and weight decay move what has no gradient.
             flat[span] = self._before[span]

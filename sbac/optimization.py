@@ -1,4 +1,4 @@
-"""What torch does not have: RMSprop as in TensorFlow, statistics that are there before the first step, a short step."""
+"""What torch does not have: RMSprop as in TensorFlow, and statistics that are there before the first step."""
 
 from __future__ import annotations
 
@@ -8,70 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
-
-def step(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.step()`` of one parameter, without what torch does around it, which takes longer than the step.
-
-    The short way is for the usual forms of `torch.optim.RMSprop` and fused `torch.optim.Adam` on the CPU, and gives the
-    same numbers to the last bit. Others, the first step, and what somebody hooked into go through ``optimizer.step()``.
-
-    Args:
-        optimizer: Of one parameter, which has a gradient.
-    """
-    kind = type(optimizer)
-    unusual = _UNUSUAL.get(kind)
-    group = optimizer.param_groups[0]
-    parameter = group["params"][0]
-    state = optimizer.state.get(parameter)
-    is_usual = unusual is not None and not any(map(group.get, unusual)) and group.get("fused", True)
-    if not (is_usual and state) or parameter.device.type != "cpu" or _is_watched(optimizer):
-        optimizer.step()
-        return
-    gradient = parameter.grad
-    with torch.no_grad():
-        state["step"] += 1
-        if kind is torch.optim.RMSprop:
-            if group["weight_decay"]:
-                gradient = gradient.add(parameter, alpha=group["weight_decay"])
-            square_avg = state["square_avg"]
-            square_avg.mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
-            parameter.addcdiv_(gradient, square_avg.sqrt().add_(group["eps"]), value=-group["lr"])
-        else:
-            torch._fused_adam_(
-                [parameter],
-                [gradient],
-                [state["exp_avg"]],
-                [state["exp_avg_sq"]],
-                [],
-                [state["step"]],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-
-
-_ALSO_UNUSUAL = ("maximize", "foreach", "capturable", "differentiable")
-_UNUSUAL: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.RMSprop: ("momentum", "centered", *_ALSO_UNUSUAL),
-    torch.optim.Adam: ("amsgrad", "decoupled_weight_decay", *_ALSO_UNUSUAL),
-}
-
-
-def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody asked to be called with each step, as schedulers of learning rates do."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-        or "step" in optimizer.__dict__
-    )
 
 
 def initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
