@@ -376,8 +376,7 @@ class _Model:
         node = self._get("train_freq")
         if isinstance(node, Made) and node.path == f"{_COMMON}.type_aliases.TrainFreq":
             number, unit = node.args
-            if isinstance(unit, Made) and unit.path == f"{_COMMON}.type_aliases.TrainFrequencyUnit":
-                (unit,) = unit.args
+            unit = _train_frequency_unit(unit)
             node = [number, unit]
         number, unit = node if isinstance(node, (list, tuple)) and len(node) == 2 else (node, "step")
         if isinstance(number, bool) or not isinstance(number, int) or number < 1 or unit not in ("step", "episode"):
@@ -391,6 +390,18 @@ class _Model:
         except ValueError as error:
             self.remarks.append(f"action_noise is not read ({error}): sbac takes none instead; pass action_noise=...")
             return None
+
+
+def _train_frequency_unit(node: Any) -> Any:
+    """The value of an Enum's member, which Pythons write as a call of the class or, up to 3.11.3, by its name."""
+    path = f"{_COMMON}.type_aliases.TrainFrequencyUnit"
+    if isinstance(node, Made) and node.path == path and len(node.args) == 1:
+        return node.args[0]
+    if isinstance(node, Made) and node.path == "builtins.getattr" and len(node.args) == 2:
+        owner, name = node.args
+        if isinstance(owner, Name) and owner.path == path:
+            return {"STEP": "step", "EPISODE": "episode"}.get(name)
+    return node
 
 
 def _schedule(node: Any) -> float | Schedule:

@@ -38,6 +38,8 @@ from sbac.buffers import ReplayBatch
 from sbac.checkpoint import arguments
 from sbac.cli import main
 from sbac.envs import Spaces
+from sbac.pickles import Made, Name
+from sbac.sb3 import _train_frequency_unit
 from tests.test_a2c import make_rollout, update, update_peer
 
 VECTOR = spaces.Box(-2, 2, (3,), np.float32)
@@ -759,3 +761,13 @@ def test_the_command_line_converts(
     assert "ours.zip is no file of Stable-Baselines3" in capsys.readouterr().err
     assert main(["convert", "absent.zip", "again.zip"]) == 2
     assert not Path("again.zip").exists()
+
+
+@pytest.mark.parametrize("name", ["STEP", "EPISODE"])
+def test_members_of_an_enum_are_read_as_each_python_writes_them(name: str) -> None:
+    path = "stable_baselines3.common.type_aliases.TrainFrequencyUnit"
+    called = Made(Name(path), (name.lower(),))
+    by_name = Made(Name("builtins.getattr"), (Name(path), name))  # Python up to 3.11.3
+    assert _train_frequency_unit(called) == _train_frequency_unit(by_name) == name.lower()
+    other = Made(Name("builtins.getattr"), (Name("os.path"), name))
+    assert _train_frequency_unit(other) is other
