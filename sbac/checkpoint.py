@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import gymnasium
 import numpy as np
 import torch
 from torch import nn
@@ -118,6 +119,9 @@ def load(
         known = Spaces(
             decode(file.config["observation_space"]), decode(file.config["action_space"]), int(given["n_envs"])
         )
+        for space in (known.observation_space, known.action_space):
+            if not isinstance(space, gymnasium.Space):
+                raise TypeError(f"{space!r} is no space")
     except (KeyError, TypeError, ValueError) as error:
         raise ArchiveError(f"{path}: config.json does not describe the model's spaces: {error}") from error
     made: Any = known

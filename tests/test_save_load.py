@@ -18,8 +18,10 @@ from torch import Tensor
 
 import sbac
 from sbac import A2C, DDPG, TD3, ArchiveError
+from sbac.archive import read_archive, write_archive
 from sbac.base import BaseAlgorithm
 from sbac.callbacks import CheckpointCallback, EvalCallback
+from sbac.codec import encode
 from sbac.deterministic import DeterministicActorCritic
 from sbac.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from sbac.policies import StochasticActorCritic
@@ -484,6 +486,17 @@ def test_an_own_object_within_policy_kwargs_is_named(make_model, tmp_path):
 
 
 # A file is never lost.
+
+
+@pytest.mark.parametrize("space", ["observation_space", "action_space"])
+def test_what_is_no_space_makes_no_model_also_beside_an_environment(make_model, tmp_path, space):
+    model = make_model()
+    model.save(tmp_path / "model")
+    archive = read_archive(tmp_path / "model")
+    archive.config[space], _ = encode(torch.nn.Module)
+    write_archive(tmp_path / "model", archive)
+    with pytest.raises(ArchiveError, match=r"does not describe the model's spaces: <class .*Module.* is no space"):
+        make_model.cls.load(tmp_path / "model", env="CartPole-v1")
 
 
 @pytest.mark.parametrize("why", ["an object that cannot be pickled", "a full disk"])
