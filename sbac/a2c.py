@@ -7,11 +7,11 @@ environments in one process in place of n asynchronous workers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sbac.base import BaseAlgorithm
 from sbac.buffers import RolloutBatch, RolloutBuffer
@@ -213,43 +213,40 @@ class A2C(BaseAlgorithm):
         Returns:
             The losses and what tells how learning goes, as scalars.
         """
-        value, log_prob, entropy, bootstrap_value = self.policy.evaluate_rollout(batch)  # (T n,) each; (M,)
+        value, log_prob, entropy, bootstrap_value, back = self.policy.evaluate_rollout(batch)  # (T n,) each; (M,)
 
         # A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t);
         # R_t = A_t + V(s_t). With lambda = 1: R_t = r_t + ... + gamma^k V(s_{t+k}), Algorithm S3.
-        with torch.no_grad():
-            state_value = value.view_as(batch.reward)  # (T, n)
-            next_value = state_value.roll(-1, dims=0)
-            next_value[batch.bootstrap_index] = bootstrap_value
-            advantage, return_ = gae(
-                batch.reward,
-                batch.terminated,
-                batch.truncated,
-                state_value,
-                next_value,
-                self._now(self.gamma),
-                self._now(self.gae_lambda),
-            )
-        kept = batch.kept
-        value, log_prob, entropy = value[kept], log_prob[kept], entropy[kept]
-        advantage, return_ = advantage.flatten()[kept], return_.flatten()[kept]  # (T n,)
-        if self.normalize_advantage and len(advantage) > 1:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        state_value = value.view_as(batch.reward)  # (T, n)
+        next_value = state_value.roll(-1, dims=0)
+        next_value[batch.bootstrap_index] = bootstrap_value
+        gamma, gae_lambda = self._now(self.gamma), self._now(self.gae_lambda)
+        advantage, return_ = gae(
+            batch.reward, batch.terminated, batch.truncated, state_value, next_value, gamma, gae_lambda
+        )
+        advantage, return_ = advantage.flatten(), return_.flatten()  # (T n,)
+        if self.normalize_advantage and len(kept := advantage[batch.kept]) > 1:
+            advantage = (advantage - kept.mean()) / (kept.std() + 1e-8)
+
+        # Means over the transitions, of which each has its share.
+        share, error = batch.share, value - return_  # (T n,)
+        policy_loss = -(share * advantage).dot(log_prob)
+        entropy_loss = -share.dot(entropy)
+        value_loss = (share * error).dot(error)
+        ent_coef, vf_coef = self._now(self.ent_coef), self._now(self.vf_coef)
+        loss = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
 
         # dtheta: grad log pi(a_t|s_t) A_t + beta grad H(pi(.|s_t)); dtheta_v: grad (R_t - V(s_t))^2
-        policy_loss = -(advantage * log_prob).mean()
-        entropy_loss = -entropy.mean()
-        value_loss = functional.mse_loss(value, return_)
-        loss = policy_loss + self._now(self.ent_coef) * entropy_loss + self._now(self.vf_coef) * value_loss
+        of_value, of_log_prob, of_entropy = 2 * vf_coef * share * error, -share * advantage, -ent_coef * share
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
-        grad_norm = self.policy.descend(loss, max_grad_norm)
+        grad_norm = self.policy.descend(loss, max_grad_norm, partial(back, of_value, of_log_prob, of_entropy))
 
         return {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "entropy_loss": entropy_loss,
             "grad_norm": grad_norm,
-            "explained_variance": explained_variance(value.detach(), return_),
+            "explained_variance": explained_variance(value[batch.kept], return_[batch.kept]),
         }
 
     def _start_episodes(self, env: Environments) -> None:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sbac import checkpoint
 from sbac.base import BaseAlgorithm
@@ -298,42 +297,41 @@ class A3C(BaseAlgorithm):
         Returns:
             The losses and what tells how learning goes, as scalars.
         """
-        value, log_prob, entropy, bootstrap_value = self.policy.evaluate_rollout(batch)  # (T n,) each; (M,)
+        value, log_prob, entropy, bootstrap_value, back = self.policy.evaluate_rollout(batch)  # (T n,) each; (M,)
 
         # R <- 0 for terminal s_t, V(s_t; theta'_v) else; R <- r_i + gamma R, backwards. With lambda below 1:
         # A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t).
-        with torch.no_grad():
-            state_value = value.view_as(batch.reward)  # (T, n)
-            next_value = state_value.roll(-1, dims=0)
-            next_value[batch.bootstrap_index] = bootstrap_value
-            advantage, return_ = gae(
-                batch.reward,
-                batch.terminated,
-                batch.truncated,
-                state_value,
-                next_value,
-                self._now(self.gamma),
-                self._now(self.gae_lambda),
-            )
+        state_value = value.view_as(batch.reward)  # (T, n)
+        next_value = state_value.roll(-1, dims=0)
+        next_value[batch.bootstrap_index] = bootstrap_value
+        gamma, gae_lambda = self._now(self.gamma), self._now(self.gae_lambda)
+        advantage, return_ = gae(
+            batch.reward, batch.terminated, batch.truncated, state_value, next_value, gamma, gae_lambda
+        )
         advantage, return_ = advantage.flatten(), return_.flatten()  # (T n,)
         if self.normalize_advantage and len(advantage) > 1:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
+        # Means over the transitions, of which each has its share.
+        share, error = batch.share, value - return_  # (T n,)
+        policy_loss = -(share * advantage).dot(log_prob)
+        entropy_loss = -share.dot(entropy)
+        value_loss = (share * error).dot(error)
+        ent_coef, vf_coef = self._now(self.ent_coef), self._now(self.vf_coef)
+        loss = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
+
         # dtheta: grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)) + beta grad H(pi(.|s_i; theta'))
         # dtheta_v: grad (R - V(s_i; theta'_v))^2
-        policy_loss = -(advantage * log_prob).mean()
-        entropy_loss = -entropy.mean()
-        value_loss = functional.mse_loss(value, return_)
-        loss = policy_loss + self._now(self.ent_coef) * entropy_loss + self._now(self.vf_coef) * value_loss
+        of_value, of_log_prob, of_entropy = 2 * vf_coef * share * error, -share * advantage, -ent_coef * share
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
-        grad_norm = self.policy.gradient(loss, max_grad_norm)
+        grad_norm = self.policy.gradient(loss, max_grad_norm, partial(back, of_value, of_log_prob, of_entropy))
 
         return {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "entropy_loss": entropy_loss,
             "grad_norm": grad_norm,
-            "explained_variance": explained_variance(value.detach(), return_),
+            "explained_variance": explained_variance(value, return_),
         }
 
     # The workers, from here.

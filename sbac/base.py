@@ -25,11 +25,12 @@ from sbac.construction import Constructed, LoadsEitherWay, argument_names
 from sbac.envs import ActionCodec, EnvironmentLike, Environments, Spaces, make_environments, number_to_make
 from sbac.guards import nearest, require_whole
 from sbac.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
-from sbac.networks import Trainable, describe
+from sbac.networks import describe
 from sbac.observations import as_batch
 from sbac.resume import resume_run
 from sbac.schedules import FloatOrSchedule, value_at
 from sbac.statistics import EpisodeStatistics, TrainingLog
+from sbac.trainable import Trainable
 from sbac.trees import Tree, rows
 
 PathLike = str | Path

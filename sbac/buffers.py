@@ -31,6 +31,7 @@ class RolloutBatch(NamedTuple):
     terminated: Tensor  # (T, n) bool
     truncated: Tensor  # (T, n) bool
     kept: Tensor | slice  # which of the T * n rows are transitions: all, but for empty reset steps
+    share: Tensor  # (T * n,): of each row in a mean over the transitions; 0 where it is none
     bootstrap_obs: Tree  # (M, *obs_shape)
     bootstrap_index: tuple[Tensor, Tensor]  # t and environment, (M,) each
 
@@ -189,13 +190,16 @@ class RolloutBuffer:
             return self._tensor(leaf[held].reshape(-1, *leaf.shape[2:]))
 
         obs = tree_map(in_a_row, self.obs)
+        valid = self.valid[held].ravel()
+        n_valid = int(np.count_nonzero(valid))
         return RolloutBatch(
             obs=obs if self.mask is None else {"observation": obs, MASK: in_a_row(self.mask)},
             action=tree_map(in_a_row, self.action),
             reward=self._tensor(self.reward[held]),
             terminated=self._tensor(self.terminated[held]),
             truncated=self._tensor(self.truncated[held]),
-            kept=slice(None) if self.valid[held].all() else self._tensor(self.valid[held].ravel()),
+            kept=slice(None) if n_valid == len(valid) else self._tensor(valid),
+            share=self._tensor(valid * np.float32(1 / max(n_valid, 1))),
             bootstrap_obs=tree_map(self._tensor, bootstrap_obs),
             bootstrap_index=(self._tensor(times), self._tensor(environments)),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -329,15 +330,18 @@ class DDPG(BaseAlgorithm):
             next_action = self.actor_target(batch.successor)  # (B, act_dim)
             next_q = self.critic_target(batch.successor, next_action).amin(0)  # (B,)
             target = batch.reward + batch.discount * (1 - batch.terminated) * next_q  # (B,)
-        q = self.critic(batch.obs, batch.action)  # (n_critics, B), one by default
+        q, back = self.critic.evaluate(batch.obs, batch.action)  # (n_critics, B), one by default
         td_error = q - target  # (n_critics, B)
         critic_loss = (batch.weight * td_error.square()).mean(1).sum()
-        self.critic.descend(critic_loss, max_grad_norm)
+        of_q = batch.weight * td_error * (2 / len(target))  # d critic_loss / d Q(s, a)
+        self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
 
-        # Actor: maximise Q(s, mu(s)). The critic's own gradient is not computed.
-        actor_loss = -self.critic.q1_forward(batch.obs, self.actor(batch.obs)).mean()
+        # Actor: maximise Q(s, mu(s)), along the mean of grad_a Q(s, a)|a=mu(s) grad mu(s): equation 6.
+        action, back = self.actor.evaluate(batch.obs)  # (B, act_dim)
+        actor_q, of_action = self.critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
+        actor_loss = -actor_q.mean()
         with self.critic.undone_on_error():
-            self.actor.descend(actor_loss, max_grad_norm)
+            self.actor.descend(actor_loss, max_grad_norm, partial(back, -of_action / len(target)))
 
         # Targets: theta' <- tau theta + (1 - tau) theta'.
         if (self.n_updates + 1) % self.target_update_interval == 0:
@@ -350,7 +354,7 @@ class DDPG(BaseAlgorithm):
             "actor_loss": actor_loss,
             "q_mean": q.mean(),
             "target_mean": target.mean(),
-            "td_error": td_error.detach().abs().amax(0),
+            "td_error": td_error.abs().amax(0),
         }
 
     def _start_episodes(self, env: Environments) -> None:

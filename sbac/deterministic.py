@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 from sbac.adapters import Step
 from sbac.bodies import Body, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
 from sbac.guards import require_constant, require_whole
-from sbac.networks import BaseFeaturesExtractor, Trainable, create_mlp, init_fan_in, init_uniform
+from sbac.networks import (
+    BaseFeaturesExtractor,
+    FlattenExtractor,
+    create_mlp,
+    has_nothing_to_learn,
+    init_fan_in,
+    init_uniform,
+)
+from sbac.perceptron import Gradient, Perceptron, Trace
 from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
+from sbac.trainable import Trainable
 from sbac.trees import Tree, batch_size
 
 
@@ -51,13 +61,34 @@ class Actor(Trainable):
         action_dim = int(np.prod(action_space.shape or ()))
         layers = create_mlp(extractor.features_dim, action_dim, net_arch, activation_fn, layer_norm)
         self.mu = nn.Sequential(*layers, nn.Tanh())
+        self._mu = Perceptron(self, "mu")
         init_fan_in(self.mu)
         if final_init is not None:
             init_uniform(self.mu[-2], final_init)  # type: ignore[arg-type]
 
     def forward(self, obs: Tensor) -> Tensor:
         """(B, *obs_shape) -> (B, action_dim)."""
-        return self.mu(self.features_extractor(self.preprocessor(obs)))
+        return self._mu(_features(self, obs))
+
+    def act(self, obs: Tree) -> np.ndarray | None:
+        """mu(s) from array to array, for a few plain observations; None where that is left to `forward`."""
+        is_plain = type(obs) is np.ndarray and self.preprocessor.is_identity
+        if is_plain and type(self.features_extractor) is FlattenExtractor:
+            return self._mu.act(obs.astype(np.float32, copy=False))
+        return None
+
+    def evaluate(self, obs: Tree) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """mu(s), (B, action_dim), and the way back: a function of the gradient of a loss with respect to it."""
+        features = _features_without_learning(self, obs)
+        trace = None if features is None else self._mu.trace(features)
+        if trace is None:
+            action = self(obs)
+            return action.detach(), partial(self.back_by_autograd, (action,))
+
+        def back(gradient: Tensor) -> None:
+            trace.back(gradient, self._in_place)
+
+        return trace.output, back
 
 
 class QNetwork(nn.Module):
@@ -86,18 +117,60 @@ class QNetwork(nn.Module):
         final_init: float | None,
     ) -> None:
         super().__init__()
+        self.joins_late = action_layer > 0
         below, above = net_arch[:action_layer], net_arch[action_layer:]
         self.state_net = nn.Sequential(*create_mlp(features_dim, 0, below, activation_fn, layer_norm, dropout))
         joined_dim = (below[-1] if below else features_dim) + action_dim
         self.q_net = nn.Sequential(*create_mlp(joined_dim, 1, above, activation_fn, layer_norm, dropout))
+        self._state, self._q = Perceptron(self, "state_net"), Perceptron(self, "q_net")
         init_fan_in(self)
         if final_init is not None:
             init_uniform(self.q_net[-1], final_init)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
         """(B, features_dim), (B, action_dim) -> (B,)."""
-        joined = torch.cat([self.state_net(features), action], dim=1)
-        return self.q_net(joined).squeeze(-1)
+        if self.joins_late:
+            features = self._state(features)
+        return self._q(torch.cat([features, action], dim=1)).squeeze(-1)
+
+    def trace(self, features: Tensor, action: Tensor) -> QTrace | None:
+        """As `forward`, with the way back; None where that is left to autograd."""
+        below = self._state.trace(features) if self.joins_late else None
+        if self.joins_late:
+            if below is None:
+                return None
+            features = below.output
+        above = self._q.trace(torch.cat([features, action], dim=1))
+        return None if above is None else QTrace(below, above, action.shape[1])
+
+
+class QTrace:
+    """What a Q-network gave, with the way back from it.
+
+    Args:
+        below: Of the layers that read the state only, if any.
+        above: Of those that read the action too.
+        action_dim: Number of action dimensions.
+
+    Attributes:
+        q: (B,).
+    """
+
+    def __init__(self, below: Trace | None, above: Trace, action_dim: int) -> None:
+        self._below, self._above, self._action_dim = below, above, action_dim
+        self.q = above.output.squeeze(-1)
+
+    def back(self, gradient: Tensor, into: Mapping[int, Gradient]) -> None:
+        """Add to the gradients of the parameters, from that of a loss with respect to `q`, (B,)."""
+        of_joined = self._above.back(gradient.unsqueeze(-1), into, self._below is not None)
+        if self._below is not None and of_joined is not None:
+            self._below.back(of_joined[:, : -self._action_dim], into)
+
+    def action_gradient(self) -> Tensor:
+        """dQ/da, (B, action_dim)."""
+        of_joined = self._above.back(torch.ones(len(self.q), 1), {}, is_input_asked=True)
+        assert of_joined is not None
+        return of_joined[:, -self._action_dim :]
 
 
 class Critic(Trainable):
@@ -120,17 +193,60 @@ class Critic(Trainable):
         self.features_extractor = extractor
         self.q_networks = nn.ModuleList(q_networks)
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+    def forward(self, obs: Tree, action: Tensor) -> Tensor:
         """(B, *obs_shape), (B, action_dim) -> (n_critics, B)."""
-        features = self._features(obs)
+        features = _features(self, obs)
         return torch.stack([q_network(features, action) for q_network in self.q_networks])
+
+    def evaluate(self, obs: Tree, action: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """As `forward`, and the way back: a function of the gradient of a loss with respect to it, (n_critics, B)."""
+        traces = self._traces(obs, action, list(self.q_networks))
+        if traces is None:
+            q = self(obs, action)
+            return q.detach(), partial(self.back_by_autograd, (q,))
+
+        def back(gradient: Tensor) -> None:
+            for trace, own in zip(traces, gradient, strict=True):
+                trace.back(own, self._in_place)
+
+        return torch.stack([trace.q for trace in traces]), back
+
+    def action_gradient(self, obs: Tree, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Q(s, a) of the first member, (B,), and its gradient with respect to the action, (B, action_dim)."""
+        traces = self._traces(obs, action, [self.q_networks[0]])
+        if traces is None:
+            action = action.detach().requires_grad_()
+            q = self.q1_forward(obs, action)
+            return q.detach(), torch.autograd.grad(q.sum(), action)[0]
+        return traces[0].q, traces[0].action_gradient()
 
     def q1_forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Q(s, a) of the first member only: (B,)."""
-        return self.q_networks[0](self._features(obs), action)
+        return self.q_networks[0](_features(self, obs), action)
 
-    def _features(self, obs: Tree) -> Tensor:
-        return self.features_extractor(self.preprocessor(obs))
+    def _traces(self, obs: Tree, action: Tensor, members: Sequence[Any]) -> list[QTrace] | None:
+        """Of each of these members; None where their way back is left to autograd."""
+        features = _features_without_learning(self, obs)
+        if features is None:
+            return None
+        traces = [member.trace(features, action) for member in members]
+        return None if None in traces else traces
+
+
+def _features(network: Actor | Critic, obs: Tree) -> Tensor:
+    """What the perceptrons of a network read, (B, features_dim)."""
+    features = _features_without_learning(network, obs)
+    return network.features_extractor(network.preprocessor(obs)) if features is None else features
+
+
+def _features_without_learning(network: Actor | Critic, obs: Tree) -> Tensor | None:
+    """As `_features`, where the body has nothing to learn; else None."""
+    is_flat = type(network.features_extractor) is FlattenExtractor  # mostly
+    if is_flat and network.preprocessor.is_identity and obs.dtype is torch.float32:
+        return obs
+    if not has_nothing_to_learn(network.features_extractor):
+        return None
+    return network.features_extractor(network.preprocessor(obs))
 
 
 class DeterministicActorCritic(BasePolicy):
@@ -230,11 +346,13 @@ class DeterministicActorCritic(BasePolicy):
         if self.normalizer is not None:
             self.normalizer.refresh()  # replay is normalised as it is drawn
 
-    @torch.no_grad()
     def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
         """mu(s) for observations (n, *obs_shape): (n, *action_shape). There is nothing to draw."""
-        action = self.actor(obs_to_tensor(obs, self.device))
-        return action.cpu().numpy().reshape(batch_size(obs), *(self.action_space.shape or ()))
+        action = self.actor.act(obs)
+        if action is None:
+            with torch.no_grad():
+                action = self.actor(obs_to_tensor(obs, self.device)).cpu().numpy()
+        return action.reshape(batch_size(obs), *(self.action_space.shape or ()))
 
     def forward(self, obs: Tensor) -> Tensor:
         """mu(s) for a batch of observations: (B, action_dim)."""

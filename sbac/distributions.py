@@ -30,6 +30,20 @@ class Distribution(ABC):
     def entropy(self) -> Tensor:
         """The entropy of each distribution in nats: (B,)."""
 
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """The way back from `log_prob` and `entropy`, where it can be written out; None leaves it to autograd.
+
+        Args:
+            action: Those whose `log_prob` was taken.
+            of_log_prob: The gradient with respect to the logarithm of each action's probability, (B,).
+            of_entropy: The gradient with respect to each entropy, (B,).
+
+        Returns:
+            The gradient with respect to what the network gave, (B, width), and that of the logarithms of the standard
+            deviations, (d,), where there are such.
+        """
+        return None
+
     @abstractmethod
     def mode(self) -> Tensor:
         """The most probable action of each distribution."""
@@ -51,6 +65,7 @@ class CategoricalDistribution(Distribution):
     def __init__(self, logits: Tensor, mask: Tensor | None = None) -> None:
         self.forbidden = None if mask is None else ~(mask | ~mask.any(-1, keepdim=True))
         self.logits = logits if self.forbidden is None else logits.masked_fill(self.forbidden, -math.inf)
+        self._normalized: Tensor | None = None
 
     def log_prob(self, action: Tensor) -> Tensor:
         return self._log_probs().gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
@@ -72,8 +87,19 @@ class CategoricalDistribution(Distribution):
             score = score.masked_fill(self.forbidden, -math.inf)  # where E is 0 too, and the score no number
         return score.argmax(-1)
 
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        if self.forbidden is not None:
+            return None
+        # d log pi(a) / d z = 1_a - p, d H / d z = -p (log p + H)
+        log_probs, entropy = self._log_probs().detach(), self.entropy().detach()
+        slope = (log_probs + entropy.unsqueeze(-1)).mul_(of_entropy.unsqueeze(-1)).add_(of_log_prob.unsqueeze(-1))
+        slope.mul_(log_probs.exp()).neg_()
+        return slope.scatter_add_(-1, action.long().unsqueeze(-1), of_log_prob.unsqueeze(-1)), None
+
     def _log_probs(self) -> Tensor:
-        return torch.log_softmax(self.logits, dim=-1)
+        if self._normalized is None:
+            self._normalized = torch.log_softmax(self.logits, dim=-1)
+        return self._normalized
 
 
 class MultiCategoricalDistribution(Distribution):
@@ -151,6 +177,15 @@ class DiagGaussianDistribution(Distribution):
         # H = log sigma + log sqrt(2 pi e), summed over dimensions
         return (self.log_std + LOG_SQRT_2PI + 0.5).sum(-1).expand(self.mean.shape[:-1])
 
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        # With u = (a - mu) / sigma: d log pi / d mu = u / sigma, d log pi / d log sigma = u^2 - 1,
+        # d H / d log sigma = 1
+        per_sigma = torch.exp(-self.log_std.detach())
+        standardized = (action - self.mean.detach()) * per_sigma
+        slope = of_log_prob.unsqueeze(-1) * standardized
+        of_log_std = (slope * standardized - of_log_prob.unsqueeze(-1)).sum(0) + of_entropy.sum()
+        return slope.mul_(per_sigma), of_log_std
+
     def mode(self) -> Tensor:
         return self.mean
 
@@ -181,6 +216,9 @@ class SquashedDiagGaussianDistribution(DiagGaussianDistribution):
         nodes, weights = (torch.as_tensor(x, dtype=self.mean.dtype, device=self.mean.device) for x in _QUADRATURE)
         unbounded = self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes  # (B, d, nodes)
         return super().entropy() + (_log_slope(unbounded) * weights).sum((-1, -2))
+
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        return None
 
     def mode(self) -> Tensor:
         """tanh of the mean, which is the median in each dimension."""

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 from sbac.adapters import Adapter, GymnasiumAdapter, StableBaselinesAdapter, Step, killed_workers, stack_masks
 from sbac.guards import EnvironmentFault, NotFiniteError, nearest
 from sbac.observations import MASK, n_choices, value_limits
-from sbac.tape import Recording, Tape
+from sbac.tape import Recording
 from sbac.trees import Tree, all_finite, copy_tree, first_not_finite, leaves, rows, set_rows, space_tree, tree_map
+from sbac.watched import SameStepVectorEnv, Watched
 
 EnvironmentLike = Any
 """An id, `gymnasium.Env`, factory, list of factories, Gymnasium ``VectorEnv``, or Stable-Baselines ``VecEnv``."""
@@ -118,6 +119,8 @@ class Environments:
             name: ((self.num_envs, *(leaf.shape or ())), np.dtype(leaf.dtype))
             for name, leaf in leaves(space_tree(self.observation_space))
         }
+        # What an observation without parts and limits is to be, looked at first.
+        self._plain = self._promised[""] if isinstance(self.observation_space, spaces.Box) else None
         self._limits = {
             name: limits
             for name, leaf in leaves(space_tree(self.observation_space))
@@ -168,7 +171,7 @@ class Environments:
             EnvironmentFault: An environment raised or sent what its space does not allow.
             NotFiniteError: NaN or infinity in an action, observation or reward.
         """
-        for _, part in leaves(action):
+        for part in (action,) if type(action) is np.ndarray else [part for _, part in leaves(action)]:
             if not all_finite(part):
                 index = first_not_finite(part)
                 raise NotFiniteError(
@@ -190,15 +193,18 @@ class Environments:
         self._check_obs(step.obs, where)
         if step.successor is not step.obs:
             self._check_obs(step.successor, where)
-        reward = np.asarray(step.reward, dtype=np.float64)
+        reward = np.asarray(step.reward, np.float64)
         if not all_finite(reward):
             index = first_not_finite(reward)
             raise NotFiniteError(
                 f"{self._who(index)} sent the reward {reward[index]} at step {self._step_count}; "
                 "rewards must be finite numbers: check the environment's reward for divisions and logarithms"
             )
-        obs = self._with_mask(step.obs, ~(step.terminated | step.truncated), where) if self._n_choices else step.obs
-        return step._replace(obs=obs, reward=reward)
+        if reward is not step.reward:
+            step = step._replace(reward=reward)
+        if self._sends_masks or self._adapter.action_mask is not None or MASK in self._promised:
+            step = step._replace(obs=self._with_mask(step.obs, ~(step.terminated | step.truncated), where))
+        return step
 
     def _with_mask(self, obs: Tree, goes_on: np.ndarray, where: str) -> Tree:
         """Observations with the masks of allowed actions that the infos hold put beside them; see `split_mask`."""
@@ -260,15 +266,17 @@ class Environments:
         return self._with_mask(obs, np.ones(self.num_envs, bool), "reset"), failed
 
     @property
-    def _watched(self) -> list[_Watched]:
+    def _watched(self) -> list[Watched]:
         inner = getattr(self.env, "envs", ())
-        return [env for env in inner if isinstance(env, _Watched)]
+        return [env for env in inner if isinstance(env, Watched)]
 
     def close(self) -> None:
         """Close the environments."""
         self._adapter.close()
 
     def _check_obs(self, obs: Tree, where: str) -> None:
+        if type(obs) is np.ndarray and (obs.shape, obs.dtype) == self._plain and all_finite(obs):
+            return
         sent = dict(leaves(obs))
         if sent.keys() != self._promised.keys():
             raise EnvironmentFault(
@@ -317,97 +325,6 @@ class Environments:
             if raised:
                 who = f"environment {raised} of {self.env!r}"
         return EnvironmentFault(f"{who} raised {type(error).__name__} at {where}: {error}")
-
-
-_NUMBER = (float, int, np.floating, np.integer)
-_FLAG = (bool, np.bool_)
-
-
-class _Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """One environment that is named, with the step, when it fails or sends what its space does not allow.
-
-    It is recorded, so that it can be put back.
-    """
-
-    def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
-        super().__init__(env)
-        self.tape = Tape(env)
-        self.action_mask: Any = None  # that came with the newest observation
-        self._index = index
-        self._steps = 0
-        self._shape = env.observation_space.shape
-        self._dtype = np.dtype(env.observation_space.dtype)
-        self._promised = dict(leaves(space_tree(env.observation_space)))
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        self.tape.begin(kwargs.get("seed"), kwargs.get("options"))
-        try:
-            obs, info = self.env.reset(**kwargs)
-        except Exception as error:
-            raise self._fault("reset", error) from error
-        self._check(obs, "reset")
-        self.action_mask = info.get(MASK)
-        return obs, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        self._steps += 1
-        self.tape.add(action)
-        try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
-            raise self._fault("step", error) from error
-        if not (type(obs) is np.ndarray and obs.shape == self._shape and obs.dtype == self._dtype):
-            self._check(obs, "step")
-        if not isinstance(reward, _NUMBER) or not isinstance(terminated, _FLAG) or not isinstance(truncated, _FLAG):
-            raise EnvironmentFault(
-                f"environment {self._index} ({self._name}) sent the reward {reward!r}, terminated {terminated!r} and "
-                f"truncated {truncated!r} at {self._where('step')}; a reward is one number, the others True or False"
-            )
-        self.action_mask = info.get(MASK)
-        return obs, reward, terminated, truncated, info
-
-    def put_back(self, recording: Recording | None, obs: Tree, total: float) -> str | None:
-        """Play a recorded episode again; returns why that did not lead to `obs` and the return `total`, if so."""
-        if recording is None:
-            return "it could not be recorded"
-        try:
-            found, found_total = self.tape.play(self, recording)
-        except Exception as error:  # of whatever the environment raises, played where it was not recorded
-            return str(error)
-        expected = dict(leaves(obs))
-        same = all(np.array_equal(np.asarray(leaf), expected[name]) for name, leaf in leaves(found))
-        return None if same and found_total == total else "played again, its episode came out differently"
-
-    def _check(self, obs: Any, call: str) -> None:
-        sent = dict(leaves(obs))
-        if sent.keys() != self._promised.keys():
-            raise EnvironmentFault(
-                f"environment {self._index} ({self._name}) sent an observation with the parts {sorted(sent)} at "
-                f"{self._where(call)}; its observation_space promises {sorted(self._promised)}"
-            )
-        for name, leaf in sent.items():
-            array, space = np.asarray(leaf), self._promised[name]
-            part = f" ({name})" if name else ""
-            is_index = space.shape == () and array.dtype.kind in "iu"
-            if array.shape != space.shape or not (is_index or np.can_cast(array.dtype, space.dtype)):
-                raise EnvironmentFault(
-                    f"environment {self._index} ({self._name}) sent an observation{part} of shape {array.shape} and "
-                    f"dtype {array.dtype} at {self._where(call)}; its observation_space promises {space.shape} and "
-                    f"{space.dtype}: return an array such as numpy.asarray(obs, dtype=numpy.{space.dtype}) "
-                    "or correct the space"
-                )
-
-    def _fault(self, call: str, error: Exception) -> EnvironmentFault:
-        return EnvironmentFault(
-            f"environment {self._index} ({self._name}) raised {type(error).__name__} at {self._where(call)}: {error}"
-        )
-
-    def _where(self, call: str) -> str:
-        return f"its step {self._steps}" if call == "step" else f"reset after {self._steps} steps"
-
-    @property
-    def _name(self) -> str:
-        return self.spec.id if self.spec is not None else type(self.unwrapped).__name__
 
 
 def make_environments(env: EnvironmentLike, n_envs: int = 1) -> Environments:
@@ -500,7 +417,7 @@ def _from_factories(factories: list[Callable[[], gymnasium.Env[Any, Any]]]) -> E
                 "each environment must be an object of its own: make it inside the function"
             )
         made.append(env)
-        return _Watched(env, index)
+        return Watched(env, index)
 
     makers = [partial(watched, factory, index) for index, factory in enumerate(factories)]
-    return Environments(GymnasiumAdapter(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)))
+    return Environments(GymnasiumAdapter(SameStepVectorEnv(makers)))

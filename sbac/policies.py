@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +18,12 @@ from sbac.buffers import RolloutBatch
 from sbac.distributions import Distribution, DistributionFamily
 from sbac.envs import ActionCodec
 from sbac.guards import require_constant
-from sbac.networks import (
-    Trainable,
-    create_mlp,
-    init_orthogonal,
-)
+from sbac.networks import create_mlp, has_nothing_to_learn, init_orthogonal
 from sbac.normalization import Normalizer, make_normalizer
 from sbac.observations import MASK, as_batch, split_mask
+from sbac.perceptron import Perceptron
 from sbac.preprocessing import Preprocessor, obs_to_tensor
+from sbac.trainable import Trainable
 from sbac.trees import Tree, leaves, rows, space_tree
 
 
@@ -185,6 +184,20 @@ class BasePolicy(nn.Module, ABC):
         return obs_to_tensor(obs, self.device), not single
 
 
+class Evaluation(NamedTuple):
+    """What networks say of a rollout of T steps of n environments, and the way back to their parameters.
+
+    `back` takes the gradients of a loss with respect to `value`, `log_prob` and `entropy`, in this order, and adds what
+    follows to the gradients of the parameters.
+    """
+
+    value: Tensor  # V(s), (T n,)
+    log_prob: Tensor  # log pi(a|s), (T n,)
+    entropy: Tensor  # of pi(.|s), (T n,)
+    bootstrap_value: Tensor  # V of `RolloutBatch.bootstrap_obs`, (M,), from the networks as they evaluate
+    back: Callable[[Tensor, Tensor, Tensor], None]
+
+
 class StochasticActorCritic(Trainable, BasePolicy):
     """pi(a|s) and V(s), for A2C and A3C.
 
@@ -269,6 +282,8 @@ class StochasticActorCritic(Trainable, BasePolicy):
         if self.family.n_dims:
             self.log_std = nn.Parameter(torch.full((self.family.n_dims,), float(log_std_init)))
 
+        self._pi, self._v = Perceptron(self, "policy_net", "action_net"), Perceptron(self, "value_net")
+
         if ortho_init:
             init_orthogonal(self, gain=2**0.5)
             init_orthogonal(self.action_net, gain=0.01)
@@ -292,29 +307,64 @@ class StochasticActorCritic(Trainable, BasePolicy):
         if self.normalizer is not None and before is not None and isinstance(other, StochasticActorCritic):
             self.normalizer.take_in(before, other.normalizer)
 
-    def evaluate_rollout(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the loss needs of T steps of n environments.
-
-        Returns:
-            V(s), log pi(a|s) and the entropy of pi(.|s), (T n,) each; and V of `batch.bootstrap_obs`, (M,), without
-            gradient, from the networks as they evaluate.
-        """
+    def evaluate_rollout(self, batch: RolloutBatch) -> Evaluation:
+        """What the loss needs of T steps of n environments."""
         mode = self.training
         self.set_training_mode(False)
         with torch.no_grad():
-            next_value = self.predict_values(batch.bootstrap_obs)
+            bootstrap_value = self.predict_values(batch.bootstrap_obs)
         self.set_training_mode(mode)
-        return *self.evaluate_actions(batch.obs, batch.action), next_value
+        return self._evaluate_written_out(batch, bootstrap_value) or self._evaluate_by_autograd(
+            self.evaluate_actions(batch.obs, batch.action), bootstrap_value
+        )
+
+    def _evaluate_by_autograd(self, found: tuple[Tensor, Tensor, Tensor], bootstrap_value: Tensor) -> Evaluation:
+        value, log_prob, entropy = found
+        back = partial(self.back_by_autograd, found)
+        return Evaluation(value.detach(), log_prob.detach(), entropy.detach(), bootstrap_value, back)
+
+    @torch.no_grad()
+    def _evaluate_written_out(self, batch: RolloutBatch, bootstrap_value: Tensor) -> Evaluation | None:
+        """The evaluation, where the way back through both networks is written out, and nothing before them learns."""
+        if not self._has_plain_bodies():
+            return None
+        obs, mask = self._read(batch.obs)
+        features = self.features_extractor(obs)
+        pi, v = self._pi.trace(features), self._v.trace(features)
+        if pi is None or v is None:
+            return None
+        action, distribution = self.family.flat(batch.action), self._distribution(pi.output, mask)
+
+        def back(of_value: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> None:
+            v.back(of_value.unsqueeze(-1), self._in_place)
+            slopes = distribution.slopes(action, of_log_prob, of_entropy)
+            if slopes is None:
+                leaf = pi.output.detach().requires_grad_()
+                log_std = [p for p in self._learning if p is getattr(self, "log_std", None)]
+                with torch.enable_grad():
+                    same = self._distribution(leaf, mask)
+                    found = same.log_prob(action), same.entropy()
+                torch.autograd.backward(found, (of_log_prob, of_entropy), inputs=[leaf, *log_std])
+                of_parameters = leaf.grad
+            else:
+                of_parameters, of_log_std = slopes
+                if of_log_std is not None and id(self.log_std) in self._in_place:
+                    self._in_place[id(self.log_std)].tensor.add_(of_log_std)
+            assert of_parameters is not None
+            pi.back(of_parameters, self._in_place)
+
+        value = v.output.squeeze(-1)
+        return Evaluation(value, distribution.log_prob(action), distribution.entropy(), bootstrap_value, back)
 
     def get_distribution(self, obs: Tree) -> Distribution:
         """pi(.|s) for a batch of observations (B, *obs_shape)."""
         obs, mask = self._read(obs)
-        return self._distribution(self.policy_net(self._actor_features(obs)), mask)
+        return self._distribution(self._pi(self._actor_features(obs)), mask)
 
     def predict_values(self, obs: Tree) -> Tensor:
         """V(s) for a batch of observations: (B,)."""
         obs, _ = self._read(obs)
-        return self.value_net(self._critic_features(obs)).squeeze(-1)
+        return self._v(self._critic_features(obs)).squeeze(-1)
 
     def evaluate_actions(self, obs: Tree, action: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss needs.
@@ -329,15 +379,21 @@ class StochasticActorCritic(Trainable, BasePolicy):
         obs, mask = self._read(obs)
         features = self._actor_features(obs)
         vf_features = features if self.share_features_extractor else self._critic_features(obs)
-        distribution = self._distribution(self.policy_net(features), mask)
-        value = self.value_net(vf_features).squeeze(-1)
+        distribution = self._distribution(self._pi(features), mask)
+        value = self._v(vf_features).squeeze(-1)
         return value, distribution.log_prob(self.family.flat(action)), distribution.entropy()
 
-    @torch.no_grad()
     def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> Tree:
         """Actions (n, *action_shape) for observations (n, *obs_shape): the most probable ones, or a draw of each."""
-        distribution = self.get_distribution(obs_to_tensor(obs, self.device))
-        return self.family.to_numpy(distribution.mode() if deterministic else distribution.sample(generator))
+        parameters = None
+        if type(obs) is np.ndarray and self.preprocessor.is_identity and self._has_plain_bodies():
+            parameters = self._pi.act(obs.astype(np.float32, copy=False))
+        with torch.no_grad():
+            if parameters is None:
+                distribution = self.get_distribution(obs_to_tensor(obs, self.device))
+            else:
+                distribution = self._distribution(torch.from_numpy(parameters), None)
+            return self.family.to_numpy(distribution.mode() if deterministic else distribution.sample(generator))
 
     def forward(
         self, obs: Tree, deterministic: bool = False, generator: torch.Generator | None = None
@@ -346,6 +402,11 @@ class StochasticActorCritic(Trainable, BasePolicy):
         distribution = self.get_distribution(obs)
         action = distribution.mode() if deterministic else distribution.sample(generator)
         return action, self.predict_values(obs), distribution.log_prob(action)
+
+    def _has_plain_bodies(self) -> bool:
+        """Whether nothing in front of the perceptrons learns, and nobody has written anything else to be done there."""
+        bodies = {self.features_extractor, self.vf_features_extractor}
+        return type(self) is StochasticActorCritic and all(map(has_nothing_to_learn, bodies))
 
     def _actor_features(self, obs: Tree) -> Tensor:
         return self.features_extractor(obs)
@@ -358,8 +419,8 @@ class StochasticActorCritic(Trainable, BasePolicy):
         obs, mask = split_mask(obs, self.observation_space, self.family.n_choices)
         return self.preprocessor(obs), None if mask is None else mask.reshape(len(mask), -1) > 0
 
-    def _distribution(self, latent: Tensor, mask: Tensor | None) -> Distribution:
-        return self.family(self.action_net(latent), getattr(self, "log_std", None), mask)
+    def _distribution(self, parameters: Tensor, mask: Tensor | None) -> Distribution:
+        return self.family(parameters, getattr(self, "log_std", None), mask)
 
 
 class CnnActorCritic(StochasticActorCritic):

@@ -14,7 +14,7 @@ from sbac.adapters import Step
 from sbac.bodies import Body, NetArch, image_extractor
 from sbac.buffers import RolloutBatch
 from sbac.guards import require_whole
-from sbac.policies import StochasticActorCritic
+from sbac.policies import Evaluation, StochasticActorCritic
 from sbac.preprocessing import obs_to_tensor
 from sbac.trees import Tree
 
@@ -92,7 +92,7 @@ class RecurrentActorCritic(StochasticActorCritic):
         action, self._memory = self._act(obs, self._memory, deterministic, generator)
         return action
 
-    def evaluate_rollout(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def evaluate_rollout(self, batch: RolloutBatch) -> Evaluation:
         n_steps, n_envs = batch.reward.shape
         obs, mask = self._read(batch.obs)
         features = self.features_extractor(obs).view(n_steps, n_envs, -1)
@@ -107,8 +107,8 @@ class RecurrentActorCritic(StochasticActorCritic):
             memory = self.lstm(features[t], memory if t == 0 else _where(goes_on[t - 1], memory))
             memories.append(memory)
         latent = torch.stack([h for h, _ in memories])  # (T, n, lstm_hidden_size)
-        distribution = self._distribution(self.policy_net(latent.flatten(0, 1)), mask)
-        value = self.value_net(latent.flatten(0, 1)).squeeze(-1)
+        distribution = self._distribution(self._pi(latent.flatten(0, 1)), mask)
+        value = self._v(latent.flatten(0, 1)).squeeze(-1)
         log_prob = distribution.log_prob(self.family.flat(batch.action))
 
         # What followed a step is read with the memory after it.
@@ -117,9 +117,9 @@ class RecurrentActorCritic(StochasticActorCritic):
         with torch.no_grad():
             after = latent[batch.bootstrap_index], torch.stack([c for _, c in memories])[batch.bootstrap_index]
             obs, _ = self._read(batch.bootstrap_obs)
-            next_value = self.value_net(self.lstm(self.features_extractor(obs), after)[0]).squeeze(-1)
+            next_value = self._v(self.lstm(self.features_extractor(obs), after)[0]).squeeze(-1)
         self.set_training_mode(mode)
-        return value, log_prob, distribution.entropy(), next_value
+        return self._evaluate_by_autograd((value, log_prob, distribution.entropy()), next_value)
 
     def get_running_state(self) -> dict[str, np.ndarray]:
         state = super().get_running_state()
@@ -165,7 +165,7 @@ class RecurrentActorCritic(StochasticActorCritic):
         tensors, mask = self._read(obs_to_tensor(obs, self.device))
         features = self.features_extractor(tensors)
         after = self.lstm(features, self._zeros(len(features)) if memory is None else memory)
-        distribution = self._distribution(self.policy_net(after[0]), mask)
+        distribution = self._distribution(self._pi(after[0]), mask)
         action = distribution.mode() if deterministic else distribution.sample(generator)
         return self.family.to_numpy(action), after
 

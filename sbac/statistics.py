@@ -114,9 +114,9 @@ class TrainingLog:
         """Remember the numbers of one update; a row shows their means. They stay on their device until then."""
         self.n_updates += 1
         for name, value in numbers.items():
-            mean = value.detach().mean() if value.ndim else value.detach()
+            mean = value.mean() if value.ndim else value
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + mean, count + 1)
+            self._sums[name] = (total + (mean.item() if mean.is_cpu else mean.detach()), count + 1)
 
     def add_sums(self, sums: Mapping[str, float], n_updates: int) -> None:
         """Remember the numbers of several updates by their sums."""

@@ -15,6 +15,7 @@ from gymnasium import spaces
 
 from sbac.trees import Tree, leaves, space_tree, tree_map
 
+_ARRAY = (np.ndarray, np.generic)
 LIMIT = 2**26
 """Bytes of actions that are kept of one episode. One that goes on for longer is not recorded any more."""
 
@@ -61,7 +62,7 @@ class Tape:
         """Take note of an action; right before the environment is stepped."""
         if self._start is None:
             return
-        if isinstance(action, np.ndarray | np.generic) and action.dtype is self._dtype:
+        if isinstance(action, _ARRAY) and action.dtype is self._dtype:
             self._actions += action.tobytes()
         else:
             for (_, leaf), space in zip(leaves(action), self._spaces, strict=True):

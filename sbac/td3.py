@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -335,23 +336,26 @@ class TD3(BaseAlgorithm):
             next_action = (self.actor_target(batch.successor) + eps.clamp(-clip, clip)).clamp(-1, 1)  # (B, act_dim)
             next_q = self.critic_target(batch.successor, next_action).amin(0)  # (B,)
             target = batch.reward + batch.discount * (1 - batch.terminated) * next_q  # (B,)
-        q = self.critic(batch.obs, batch.action)  # (n_critics, B)
+        q, back = self.critic.evaluate(batch.obs, batch.action)  # (n_critics, B)
         td_error = q - target  # (n_critics, B)
         critic_loss = (batch.weight * td_error.square()).mean(1).sum()
-        self.critic.descend(critic_loss, max_grad_norm)
+        of_q = batch.weight * td_error * (2 / len(target))  # d critic_loss / d Q_i(s, a)
+        self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
         numbers = {
             "critic_loss": critic_loss,
             "q_mean": q.mean(),
             "target_mean": target.mean(),
-            "td_error": td_error.detach().abs().amax(0),
+            "td_error": td_error.abs().amax(0),
         }
 
         n_critic_steps = self.n_updates + 1
         if n_critic_steps % self.policy_delay == 0:
-            # Actor: maximise Q_1(s, mu(s)). The critics' own gradient is not computed.
-            actor_loss = -self.critic.q1_forward(batch.obs, self.actor(batch.obs)).mean()
+            # Actor: maximise Q_1(s, mu(s)), along the mean of grad_a Q_1(s, a)|a=mu(s) grad mu(s).
+            action, back = self.actor.evaluate(batch.obs)  # (B, act_dim)
+            actor_q, of_action = self.critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
+            actor_loss = -actor_q.mean()
             with self.critic.undone_on_error():
-                self.actor.descend(actor_loss, max_grad_norm)
+                self.actor.descend(actor_loss, max_grad_norm, partial(back, -of_action / len(target)))
             numbers["actor_loss"] = actor_loss
 
             # Targets: theta' <- tau theta + (1 - tau) theta'.

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbac.networks import Trainable
 from sbac.normalization import Ledger
+from sbac.trainable import Trainable
 
 # The columns of a worker's row of counters. The parent writes ALLOWED and TURN, the worker the others. PAGE is that of
 # its account in a `Ledger`.

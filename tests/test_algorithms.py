@@ -683,12 +683,12 @@ def test_one_step_and_update_are_read_in_few_files(cls):
     mathematics = files_touched(update, "sbac")
     everything = files_touched(step_and_update, "sbac")
     print(f"one {name} update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
-    # The algorithm itself; base: present values of schedules; deterministic, networks: mu, Q and the steps of weights
-    # and targets; preprocessing: what they read; buffers, trees: the batch. A step adds the door to the environment,
-    # its adapter, the tape that records its actions, noise, and what policies take note of.
-    parts = {"base.py", "deterministic.py", "networks.py", "preprocessing.py", "buffers.py", "trees.py"}
+    # The algorithm itself; base: present values of schedules; deterministic, perceptron: mu, Q and the way back from
+    # them; trainable: the steps of weights and targets; buffers, trees: the batch. A step adds the door to the
+    # environment, its adapter, what watches it, the tape of its actions, noise, and what policies take note of.
+    parts = {"base.py", "deterministic.py", "perceptron.py", "trainable.py", "buffers.py", "trees.py"}
     assert mathematics == {f"{name.lower()}.py", *parts}
-    assert everything - mathematics == {"envs.py", "adapters.py", "tape.py", "noise.py", "policies.py"}
+    assert everything - mathematics == {"envs.py", "adapters.py", "watched.py", "tape.py", "noise.py", "policies.py"}
 
     peer = getattr(stable_baselines3, name)("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, device="cpu")
     peer.learn(20)
@@ -810,16 +810,20 @@ def test_where_the_updates_of_ddpg_and_td3_differ():
     in_both = [line for line in ddpg if line in td3]
     assert in_both == [
         "max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)",
-        "q = self.critic(batch.obs, batch.action)",
+        "q, back = self.critic.evaluate(batch.obs, batch.action)",
         "td_error = q - target",
         "critic_loss = (batch.weight * td_error.square()).mean(1).sum()",
-        "self.critic.descend(critic_loss, max_grad_norm)",
+        "of_q = batch.weight * td_error * (2 / len(target))",
+        "self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))",
     ]
     # The steps of actor and targets are the same statements, which TD3 takes at every second update.
     delayed = next(line for line in td3 if line.startswith("if n_critic_steps % self.policy_delay == 0:"))
     for line in (
-        "actor_loss = -self.critic.q1_forward(batch.obs, self.actor(batch.obs)).mean()",
-        "with self.critic.undone_on_error(): self.actor.descend(actor_loss, max_grad_norm)",
+        "action, back = self.actor.evaluate(batch.obs)",
+        "actor_q, of_action = self.critic.action_gradient(batch.obs, action)",
+        "actor_loss = -actor_q.mean()",
+        "with self.critic.undone_on_error(): "
+        "self.actor.descend(actor_loss, max_grad_norm, partial(back, -of_action / len(target)))",
     ):
         assert line in ddpg
         assert line in delayed

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sbac.guards import NotFiniteError
-from sbac.networks import Trainable
 from sbac.optimization import RMSpropTFLike
+from sbac.trainable import Trainable, _step
 
 
 class Net(Trainable):
@@ -527,8 +527,8 @@ def test_rmsprop_follows_its_formula(momentum: float, weight_decay: float) -> No
     optimizer = RMSpropTFLike([parameter], lr, alpha, eps, weight_decay, momentum)
 
     square, velocity = np.ones(3), np.zeros(3)
-    for step in range(6):
-        gradient = np.array([0.1, -1.0, 3.0]) * (step + 1)
+    for k in range(6):
+        gradient = np.array([0.1, -1.0, 3.0]) * (k + 1)
         parameter.grad = torch.tensor(gradient)
         optimizer.step()
 
@@ -562,6 +562,61 @@ def test_rmsprop_skips_what_has_no_gradient_and_returns_the_loss() -> None:
     assert optimizer.step(closure) == 1
     assert used.item() < 1
     assert unused.item() == 1
+
+
+OPTIMIZERS = [
+    (torch.optim.RMSprop, {"eps": 1e-5}),
+    (torch.optim.RMSprop, {"weight_decay": 0.1, "alpha": 0.9}),
+    (torch.optim.RMSprop, {"momentum": 0.5}),
+    (torch.optim.RMSprop, {"centered": True}),
+    (torch.optim.RMSprop, {"maximize": True}),
+    (torch.optim.RMSprop, {"foreach": True}),
+    (torch.optim.Adam, {"fused": True}),
+    (torch.optim.Adam, {"fused": True, "weight_decay": 0.1, "betas": (0.5, 0.9), "eps": 1e-3}),
+    (torch.optim.Adam, {"fused": True, "amsgrad": True}),
+    (torch.optim.Adam, {"fused": True, "maximize": True}),
+    (torch.optim.Adam, {}),
+    (torch.optim.AdamW, {"fused": True}),
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (RMSpropTFLike, {}),
+]
+
+
+@pytest.mark.parametrize(("optimizer_class", "arguments"), OPTIMIZERS)
+def test_the_short_step_is_the_optimizers_own_to_the_last_bit(optimizer_class: Any, arguments: dict[str, Any]) -> None:
+    parameters = [nn.Parameter(torch.linspace(-1, 1, 1001)) for _ in range(2)]
+    optimizers = [optimizer_class([parameter], lr=0.01, **arguments) for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    for k in range(6):
+        gradient = torch.randn(1001, generator=generator)
+        for parameter, optimizer in zip(parameters, optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.param_groups[0]["lr"] = 0.01 / (k + 1)
+        optimizers[0].step()
+        _step(optimizers[1])
+        assert torch.equal(*parameters)
+    own, short = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    assert own.keys() == short.keys()
+    for name, value in own.get(0, {}).items():
+        assert value is short[0][name] is None or torch.equal(torch.as_tensor(value), torch.as_tensor(short[0][name]))
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.RMSprop, torch.optim.Adam])
+def test_who_hooks_into_an_optimizer_or_schedules_it_is_called(optimizer_class: Any) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = optimizer_class([parameter], lr=1.0)
+    parameter.grad = torch.ones(3)
+    calls: list[int] = []
+    _step(optimizer)
+    handle = optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    _step(optimizer)
+    handle.remove()
+    _step(optimizer)
+    assert calls == [1]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    _step(optimizer)
+    scheduler.step()  # warns where it was called before the optimizer's step, which it counts
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

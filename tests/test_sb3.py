@@ -160,9 +160,9 @@ def file_of(tmp_path: Path) -> Callable[[str], tuple[Any, Path]]:
 
 @torch.no_grad()
 def decide(peer: Any) -> None:
-    """Give a policy that has hardly learned anything different actions in different states."""
+    """Give a policy that has hardly learned anything different choices in different states."""
     policy = peer.policy
-    if hasattr(policy, "action_net"):
+    if hasattr(policy, "action_net") and not isinstance(peer.action_space, spaces.Box):
         obs = policy.obs_to_tensor(observations_of(peer.observation_space))[0]
         features = policy.extract_features(obs)
         features = features if policy.share_features_extractor else features[0]

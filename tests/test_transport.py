@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sbac import optimization
 from sbac.guards import NotFiniteError
-from sbac.networks import Trainable
 from sbac.optimization import RMSpropTFLike
+from sbac.trainable import Trainable
 from sbac.transport import (
     ALL_GRANTED,
     ALLOWED,

@@ -1,0 +1,240 @@
+"""Perceptrons whose forward and backward passes are written out, for the plain ones that most policies consist of.
+
+A small network spends most of its time in the bookkeeping of modules and of autograd's graph. Where a perceptron is
+made of nothing but linear layers, ReLU and tanh, the same operations are called here in a row, forwards and backwards.
+Everything else, and everything that somebody hooks into, goes through the modules themselves and autograd, which remain
+the reference: both give the same numbers, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+FEW = 2**18
+"""Multiplications in the largest layer up to which NumPy, which needs less time to begin, does the work.
+
+Beyond them its BLAS would share the work among threads, however many torch is allowed.
+"""
+
+
+class Gradient(NamedTuple):
+    """Where a parameter's gradient is added up: one memory, seen twice."""
+
+    tensor: Tensor
+    array: np.ndarray | None  # None where NumPy cannot reach it
+
+
+class _Layer(NamedTuple):
+    """A linear layer and the activation behind it, as tensors and as arrays that share the parameters' memory."""
+
+    weight: Tensor  # (n_out, n_in)
+    bias: Tensor  # (n_out,)
+    weight_array: np.ndarray
+    bias_array: np.ndarray
+    weight_id: int  # of the module's parameter
+    bias_id: int
+    activation: str | None = None  # "relu", "tanh", or None
+
+
+class Perceptron:
+    """The way through some parts of a network, short where they are plain.
+
+    Args:
+        owner: The network.
+        *names: Of its parts, in order. An `nn.Sequential` stands for what is in it. The short way is for `nn.Linear`
+            with a bias, each followed by at most one `nn.ReLU` or `nn.Tanh`, in float32 on the CPU.
+    """
+
+    def __init__(self, owner: nn.Module, *names: str) -> None:
+        self._owner = owner
+        self._names = names
+        self._layers: list[_Layer] = []
+        self._n_weights = 0  # of the largest layer
+        self._modules: list[nn.Module] = []
+        self._addresses: list[int] = []
+        self._hooks: list[Any] = []  # of all modules: empty as long as nobody hooks into one
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, n_in) -> (B, n_out)."""
+        if torch.is_grad_enabled() or not self._takes(x):
+            for name in self._names:
+                x = self._owner._modules[name](x)  # type: ignore[misc]
+            return x
+        if len(x) * self._n_weights <= FEW:
+            return torch.from_numpy(_forward_arrays(self._layers, x.detach().numpy())[-1])
+        return _forward(self._layers, x.detach())[-1]
+
+    def trace(self, x: Tensor) -> Trace | None:
+        """As a call, with the way back; None where that is not written out, but left to autograd."""
+        if not self._takes(x):
+            return None
+        if len(x) * self._n_weights <= FEW:
+            return Trace(self._layers, _forward_arrays(self._layers, x.detach().numpy()))
+        return Trace(self._layers, _forward(self._layers, x.detach()))
+
+    def act(self, x: np.ndarray) -> np.ndarray | None:
+        """As a call, from array to array, for a few rows; None where that is left to the modules."""
+        if x.ndim != 2 or x.dtype != np.float32 or not self._is_plain() or len(x) * self._n_weights > FEW:
+            return None
+        return _forward_arrays(self._layers, x)[-1]
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether what is written out does the same to `x` as the modules."""
+        return x.dim() == 2 and x.dtype is torch.float32 and self._is_plain()
+
+    def _is_plain(self) -> bool:
+        """Whether all parts are what is written out here, as they lie in memory now."""
+        modules: list[Any] = []
+        for name in self._names:
+            part = self._owner._modules[name]
+            modules.append(part)
+            if type(part) is nn.Sequential:
+                modules += part._modules.values()
+        # Somebody may have replaced a module, or given a parameter other memory.
+        addresses = [p.data_ptr() for module in modules for p in module._parameters.values() if p is not None]
+        if addresses != self._addresses or modules != self._modules:
+            self._layers = _plain_layers(modules)
+            self._n_weights = max((layer.weight.numel() for layer in self._layers), default=0)
+            self._modules, self._addresses = modules, addresses
+            self._hooks = [
+                hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
+            ]
+        return bool(self._layers) and not any(self._hooks) and not torch.is_autocast_enabled("cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without views, which would become tensors of their own in a copy.
+        return {**self.__dict__, "_layers": [], "_modules": [], "_addresses": [], "_hooks": []}
+
+
+class Trace:
+    """What a perceptron gave, with the way back from it.
+
+    Args:
+        layers: Its layers.
+        kept: The input and what came out of each layer behind its activation.
+
+    Attributes:
+        output: (B, n_out).
+    """
+
+    def __init__(self, layers: Sequence[_Layer], kept: Sequence[Any]) -> None:
+        self._layers, self._kept = layers, kept
+        self._is_few = isinstance(kept[0], np.ndarray)
+        self.output: Tensor = torch.from_numpy(kept[-1]) if self._is_few else kept[-1]
+
+    def back(self, gradient: Tensor, into: Mapping[int, Gradient], is_input_asked: bool = False) -> Tensor | None:
+        """Add to the gradients of the parameters.
+
+        Args:
+            gradient: Of the loss with respect to the output, (B, n_out).
+            into: Where to add, by the ids of the parameters. Others are left out.
+            is_input_asked: Whether to return the gradient with respect to the input, (B, n_in).
+        """
+        if self._is_few:
+            array = _backward_arrays(self._layers, self._kept, gradient.numpy(), into, is_input_asked)
+            return torch.from_numpy(array) if is_input_asked else None
+        gradient = _backward(self._layers, self._kept, gradient, into, is_input_asked)
+        return gradient if is_input_asked else None
+
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
+
+
+def _plain_layers(modules: Sequence[nn.Module]) -> list[_Layer]:
+    """The layers that the modules make up; none where the short way would not be the same."""
+    layers: list[_Layer] = []
+    for module in modules:
+        if type(module) is nn.Linear and _is_usual(module.weight) and _is_usual(module.bias):
+            weight, bias = module.weight.detach(), module.bias.detach()
+            layers.append(_Layer(weight, bias, weight.numpy(), bias.numpy(), id(module.weight), id(module.bias)))
+        elif type(module) in _ACTIVATIONS and layers and layers[-1].activation is None:
+            layers[-1] = layers[-1]._replace(activation=_ACTIVATIONS[type(module)])
+        elif type(module) is not nn.Sequential:
+            return []
+    return layers
+
+
+def _is_usual(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.dtype is torch.float32 and parameter.device.type == "cpu"
+
+
+def _forward_arrays(layers: Sequence[_Layer], x: np.ndarray) -> list[np.ndarray]:
+    """The input and what comes out of each layer behind its activation: n + 1 arrays."""
+    kept = [x]
+    for layer in layers:
+        x = x @ layer.weight_array.T
+        x += layer.bias_array
+        if layer.activation == "relu":
+            np.maximum(x, 0, out=x)
+        elif layer.activation == "tanh":
+            np.tanh(x, out=x)
+        kept.append(x)
+    return kept
+
+
+def _forward(layers: Sequence[_Layer], x: Tensor) -> list[Tensor]:
+    """As `_forward_arrays`, by torch."""
+    kept = [x]
+    for layer in layers:
+        x = torch.addmm(layer.bias, x, layer.weight.t())
+        if layer.activation == "relu":
+            x.relu_()
+        elif layer.activation == "tanh":
+            x.tanh_()
+        kept.append(x)
+    return kept
+
+
+def _backward_arrays(
+    layers: Sequence[_Layer],
+    kept: Sequence[np.ndarray],
+    gradient: np.ndarray,
+    into: Mapping[int, Gradient],
+    is_input_asked: bool,
+) -> np.ndarray:
+    """Add to the gradients of those parameters that are in `into`; returns that of the input, if it is asked for."""
+    for k in range(len(layers) - 1, -1, -1):
+        layer, below, above = layers[k], kept[k], kept[k + 1]
+        if layer.activation == "relu":
+            gradient = gradient * (above > 0)
+        elif layer.activation == "tanh":
+            slope = above * above
+            np.subtract(1, slope, out=slope)
+            gradient = np.multiply(gradient, slope, out=slope)
+        weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
+        if weight is not None and weight.array is not None:
+            weight.array.__iadd__(gradient.T @ below)
+        if bias is not None and bias.array is not None:
+            bias.array.__iadd__(gradient.sum(0))
+        if k > 0 or is_input_asked:
+            gradient = gradient @ layer.weight_array
+    return gradient
+
+
+def _backward(
+    layers: Sequence[_Layer],
+    kept: Sequence[Tensor],
+    gradient: Tensor,
+    into: Mapping[int, Gradient],
+    is_input_asked: bool,
+) -> Tensor:
+    """As `_backward_arrays`, by torch."""
+    for k in range(len(layers) - 1, -1, -1):
+        layer, below, above = layers[k], kept[k], kept[k + 1]
+        if layer.activation == "relu":
+            gradient = torch.ops.aten.threshold_backward(gradient, above, 0)
+        elif layer.activation == "tanh":
+            gradient = torch.ops.aten.tanh_backward(gradient, above)
+        weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
+        if weight is not None:
+            weight.tensor.addmm_(gradient.t(), below)
+        if bias is not None:
+            bias.tensor.add_(gradient.sum(0))
+        if k > 0 or is_input_asked:
+            gradient = gradient.mm(layer.weight)
+    return gradient

@@ -1,0 +1,419 @@
+"""A module whose parameters lie end to end in one tensor, and its steps along their gradient.
+
+A small network has a dozen parameter tensors, and most of the time of clipping, stepping and copying them goes into
+handling each. Laid flat, each of these is one operation on one tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from sbac.guards import NotFiniteError
+from sbac.optimization import initial_state
+from sbac.perceptron import Gradient
+
+# Layers that do the same in training and in evaluation. Any other, and any of a user's own, counts as one that may not.
+_MODELESS = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.LSTMCell,
+    nn.LayerNorm,
+    nn.Flatten,
+    nn.Identity,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+)
+
+
+class Trainable(nn.Module):
+    """A module whose trainable parameters are views of one flat tensor.
+
+    Others may replace a parameter's storage or gradient (`zero_grad`, `vector_to_parameters`, `double().float()`),
+    freeze it or thaw it: `gradient`, `step` and `follow` notice, and lay the values into the same flat tensor again.
+
+    Attributes:
+        flat: All trainable parameters, (n_parameters,), with `flat.grad` likewise; set by `flatten`.
+        optimizer: Steps along `flat.grad`; set by `set_optimizer`. Target networks have none.
+    """
+
+    flat: nn.Parameter
+    optimizer: torch.optim.Optimizer
+
+    def flatten(self) -> None:
+        """Lay the parameters out in one tensor. To be called once, after construction and the move to a device.
+
+        Raises:
+            ValueError: There is none that requires a gradient, or they are of several dtypes or devices.
+        """
+        self._leaves = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self._left_out = [parameter for parameter in self.parameters() if not parameter.requires_grad]
+        kinds = {(leaf.dtype, leaf.device) for leaf in self._leaves}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{type(self).__name__} needs trainable parameters of one dtype on one device, "
+                f"got {sorted(map(str, kinds))}"
+            )
+        # Not registered as a parameter of the module: it would appear twice in its state.
+        object.__setattr__(self, "flat", nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves])))
+        self._lay()
+        self._has_modes = any(
+            type(module) not in _MODELESS and not type(module).__module__.startswith("sbac.")
+            for module in self.modules()
+        )
+
+    def _lay(self) -> None:
+        """Make the leaves views of `flat`, which takes over their values."""
+        flat = self.flat.detach()
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for leaf in self._leaves:
+            if (leaf.dtype, leaf.device) != (flat.dtype, flat.device):
+                raise ValueError(
+                    f"{type(self).__name__} was made with parameters of {flat.dtype} on {flat.device}, but "
+                    f"{names.get(id(leaf))} is now of {leaf.dtype} on {leaf.device}: move it back before it learns on"
+                )
+        for parameter in self._left_out:
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{type(self).__name__}: {names.get(id(parameter))} was frozen when the network was made, and "
+                    "cannot learn now: make it with requires_grad=True, and freeze it afterwards"
+                )
+
+        flat.copy_(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves]))
+        self._bind()
+
+    def _bind(self) -> None:
+        """Make the leaves views of `flat`, whose values they take over."""
+        flat = self.flat.detach()
+        self._before = flat.clone()
+        self._gradient = self.flat.grad = torch.zeros_like(flat)
+        self._layout: list[tuple[nn.Parameter, Tensor, int, bool]] = []
+        self._frozen: list[slice] = []
+        start = 0
+        for leaf in self._leaves:
+            span = slice(start, start + leaf.numel())
+            leaf.data = flat[span].view_as(leaf)
+            view = leaf.grad = self._gradient[span].view_as(leaf)
+            self._layout.append((leaf, view, leaf.data_ptr(), leaf.requires_grad))
+            if not leaf.requires_grad:
+                self._frozen.append(span)
+            start = span.stop
+        self._learning = [leaf for leaf in self._leaves if leaf.requires_grad]
+        self._in_place = {
+            id(leaf): Gradient(view, view.numpy() if view.device.type == "cpu" else None)
+            for leaf, view, _, learns in self._layout
+            if learns
+        }
+        self._buffer_list = list(self.buffers())
+
+    def _lay_if_moved(self) -> None:
+        """As `_lay`, where somebody replaced what it made, or froze or thawed a parameter."""
+        moved = self.flat.grad is not self._gradient
+        for leaf, view, address, learns in self._layout:
+            if leaf.grad is not view or leaf.data_ptr() != address or leaf.requires_grad is not learns:
+                moved = True
+        if moved or (self._left_out and any(parameter.requires_grad for parameter in self._left_out)):
+            self._lay()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views become tensors of their own in a copy or a pickle: leave out what `_lay` makes anew.
+        made = ("_before", "_gradient", "_layout", "_frozen", "_learning", "_in_place", "_buffer_list")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "flat" in state:
+            self._lay()
+
+    def set_optimizer(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        learning_rate: float,
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        **defaults: Any,
+    ) -> None:
+        """Give the module its optimizer, fused where torch has such a kernel.
+
+        Args:
+            optimizer_class: Such as `torch.optim.Adam`.
+            learning_rate: Step size.
+            optimizer_kwargs: Its further arguments.
+            **defaults: Arguments that `optimizer_kwargs` may override.
+
+        Raises:
+            ValueError: No class of an optimizer, or arguments that it does not have or does not take.
+        """
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise ValueError(
+                "optimizer_class (an argument, or in policy_kwargs) must be a subclass of torch.optim.Optimizer, such "
+                f"as torch.optim.Adam, not {optimizer_class!r}"
+            )
+        if not (optimizer_kwargs is None or isinstance(optimizer_kwargs, Mapping)):
+            raise ValueError(
+                f"policy_kwargs: optimizer_kwargs must be a dict of the optimizer's arguments, not {optimizer_kwargs!r}"
+            )
+        kwargs = {**defaults, **(optimizer_kwargs or {})}
+        if "lr" in kwargs:
+            raise ValueError("policy_kwargs: optimizer_kwargs must not hold lr, which learning_rate sets")
+        if optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+            kwargs.setdefault("fused", True)
+        make: Callable[..., torch.optim.Optimizer] = optimizer_class
+        try:
+            self.optimizer = make([self.flat], lr=learning_rate, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"policy_kwargs: optimizer_kwargs {kwargs}: {error}") from error
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """The step size from now on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def set_training_mode(self, mode: bool) -> None:
+        """As `nn.Module.train`, but only for networks with layers to which the mode matters."""
+        if self._has_modes and self.training is not mode:
+            self.train(mode)
+
+    def descend(
+        self, loss: Tensor, max_grad_norm: float | None = None, back: Callable[[], None] | None = None
+    ) -> Tensor:
+        """One optimizer step down the gradient of a loss: `gradient` and `step`.
+
+        Args:
+            loss: A scalar.
+            max_grad_norm: The gradient is scaled down to this Euclidean norm where it is longer; None leaves it.
+            back: Adds the gradient of the loss to those of the parameters; None leaves it to autograd.
+
+        Returns:
+            The norm of the gradient before clipping, a scalar.
+
+        Raises:
+            NotFiniteError: The loss, its gradient or the parameters after the step are NaN or infinite. The parameters
+                are as they were.
+        """
+        norm = self.gradient(loss, max_grad_norm, back)
+        self.step()
+        return norm
+
+    def gradient(
+        self, loss: Tensor, max_grad_norm: float | None = None, back: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Compute the gradient of a loss with respect to this module's parameters only, for `step`.
+
+        Args:
+            loss: A scalar.
+            max_grad_norm: The gradient is scaled down to this Euclidean norm where it is longer; None leaves it.
+            back: Adds the gradient of the loss to those of the parameters; None leaves it to autograd.
+
+        Returns:
+            The norm of the gradient before clipping, a scalar.
+
+        Raises:
+            NotFiniteError: The loss or its gradient is NaN or infinite.
+        """
+        self._lay_if_moved()
+        gradient = self._gradient
+        gradient.zero_()
+        if self._learning:
+            if back is None:
+                loss.backward(inputs=self._learning)
+            else:
+                back()
+        norm = torch.linalg.vector_norm(gradient)
+        length = float(norm)
+        if not math.isfinite(length + float(loss.detach())):
+            raise NotFiniteError(
+                f"{type(self).__name__}: the loss is {loss.item()} and the norm of its gradient {length}; the "
+                "weights are those of before this update: try a smaller learning rate, max_grad_norm, or rewards of a "
+                "smaller scale"
+            )
+        if max_grad_norm is not None and max_grad_norm < length + 1e-6:
+            gradient.mul_(max_grad_norm / (length + 1e-6))
+        return norm
+
+    def back_by_autograd(self, outputs: Sequence[Tensor], *gradients: Tensor) -> None:
+        """Add to the gradients of the parameters, from those of a loss with respect to what the network gave."""
+        torch.autograd.backward(outputs, gradients, inputs=self._learning)
+
+    def step(self) -> None:
+        """One optimizer step along the gradient that `gradient` computed. Frozen parameters stay.
+
+        Raises:
+            NotFiniteError: A parameter would be NaN or infinite. The parameters are as they were.
+        """
+        flat = self.flat.detach()
+        self._before.copy_(flat)
+        if self._learning:
+            _step(self.optimizer)
+        for span in self._frozen:
+            # Momentum and weight decay move what has no gradient.
+            flat[span] = self._before[span]
+        # A sum is finite only if every element is; where it overflows, the elements are looked at after all.
+        if not math.isfinite(flat.sum()) and not flat.isfinite().all():
+            self.undo_step()
+            raise NotFiniteError(
+                f"{type(self).__name__}: the optimizer's step leads to weights that are NaN or infinite; the weights "
+                "are those of before this update: try a smaller learning rate"
+            )
+
+    def undo_step(self) -> None:
+        """Give the parameters the values that they had before the last `step`. The optimizer's moments stay."""
+        self.flat.detach().copy_(self._before)
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """If what follows this network's last step within the same update fails, the step is taken back."""
+        try:
+            yield
+        except NotFiniteError:
+            self.undo_step()
+            raise
+
+    @torch.no_grad()
+    def follow(self, source: Trainable, tau: float) -> None:
+        """Soft update of a target network: theta' <- tau theta + (1 - tau) theta'. `tau=1` copies.
+
+        Buffers that are no parameters (running statistics of normalisation layers) are copied.
+        """
+        self._lay_if_moved()
+        source._lay_if_moved()
+        self.flat.data.lerp_(source.flat.data, tau)
+        for own, other in zip(self._buffer_list, source._buffer_list, strict=True):
+            own.copy_(other)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that a network in training consists of: ``flat``, what is frozen, buffers, the optimizer's statistics.
+
+        Raises:
+            ValueError: The optimizer's statistics cannot be shared; see `initial_state`.
+        """
+        self._lay_if_moved()
+        if self.flat not in self.optimizer.state:
+            self.optimizer.state[self.flat] = initial_state(self.optimizer)
+        statistics = self.optimizer.state[self.flat]
+        return {
+            "flat": self.flat.data,
+            **{f"frozen/{index}": parameter.data for index, parameter in enumerate(self._left_out)},
+            **{f"buffer/{index}": buffer for index, buffer in enumerate(self._buffer_list)},
+            **{f"optimizer/{name}": value for name, value in statistics.items() if isinstance(value, Tensor)},
+        }
+
+    def live_in(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be made of the given tensors from now on, with their values.
+
+        Args:
+            tensors: Of the names, shapes and dtypes of `state_tensors`; in shared memory, say.
+        """
+        self.flat.data = tensors["flat"]
+        self._bind()
+        for index, parameter in enumerate(self._left_out):
+            parameter.data = tensors[f"frozen/{index}"]
+        for index, buffer in enumerate(self._buffer_list):
+            buffer.data = tensors[f"buffer/{index}"]
+        statistics = self.optimizer.state[self.flat] = initial_state(self.optimizer)
+        statistics.update({name: tensors[f"optimizer/{name}"] for name in statistics if f"optimizer/{name}" in tensors})
+
+    @torch.no_grad()
+    def step_along(self, other: Trainable) -> None:
+        """`step` along the gradient that a network of the same form computed, and take in its buffers.
+
+        The step is made on a copy, so that those who share the parameters never see numbers that are not finite, and
+        what they wrote in the meantime is kept.
+
+        Raises:
+            NotFiniteError: As `step`.
+        """
+        shared = self.flat.data
+        before = shared.clone()
+        self.flat.data = before.clone()
+        self._gradient.copy_(other._gradient)
+        try:
+            self.step()
+            after = self.flat.data
+        finally:
+            self.flat.data = shared
+        if torch.equal(shared, before):
+            shared.copy_(after)  # exactly the numbers of the optimizer
+        else:
+            shared.add_(after - before)
+        self.take_in_buffers(other)
+
+    def take_in_buffers(self, other: Trainable) -> None:
+        """Copy the buffers of a network of the same form that has seen other data."""
+        for own, theirs in zip(self._buffer_list, other._buffer_list, strict=True):
+            own.copy_(theirs)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()`` of one parameter, without what torch does around it, which takes longer than the step.
+
+    The short way is for the usual forms of `torch.optim.RMSprop` and fused `torch.optim.Adam` on the CPU, and gives the
+    same numbers to the last bit. Others, the first step, and what somebody hooked into go through ``optimizer.step()``.
+
+    Args:
+        optimizer: Of one parameter, which has a gradient.
+    """
+    kind = type(optimizer)
+    unusual = _UNUSUAL.get(kind)
+    group = optimizer.param_groups[0]
+    parameter = group["params"][0]
+    state = optimizer.state.get(parameter)
+    is_usual = unusual is not None and not any(map(group.get, unusual)) and group.get("fused", True)
+    if not (is_usual and state) or parameter.device.type != "cpu" or _is_watched(optimizer):
+        optimizer.step()
+        return
+    gradient = parameter.grad
+    with torch.no_grad():
+        state["step"] += 1
+        if kind is torch.optim.RMSprop:
+            if group["weight_decay"]:
+                gradient = gradient.add(parameter, alpha=group["weight_decay"])
+            square_avg = state["square_avg"]
+            square_avg.mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
+            parameter.addcdiv_(gradient, square_avg.sqrt().add_(group["eps"]), value=-group["lr"])
+        else:
+            torch._fused_adam_(
+                [parameter],
+                [gradient],
+                [state["exp_avg"]],
+                [state["exp_avg_sq"]],
+                [],
+                [state["step"]],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+_ALSO_UNUSUAL = ("maximize", "foreach", "capturable", "differentiable")
+_UNUSUAL: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.RMSprop: ("momentum", "centered", *_ALSO_UNUSUAL),
+    torch.optim.Adam: ("amsgrad", "decoupled_weight_decay", *_ALSO_UNUSUAL),
+}
+
+
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody asked to be called with each step, as schedulers of learning rates do."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or "step" in optimizer.__dict__
+    )

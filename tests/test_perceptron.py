@@ -1,0 +1,221 @@
+"""What is written out equals the modules and autograd, and gives way to them where it is not the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from sbac import A2C, DDPG, TD3
+from sbac.buffers import RolloutBatch
+from sbac.deterministic import DeterministicActorCritic
+from sbac.envs import Spaces
+from sbac.perceptron import FEW, Gradient, Perceptron
+from sbac.policies import StochasticActorCritic
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """Two hidden layers of 64 and a head, in two parts."""
+
+    def __init__(self, activation: type[nn.Module] = nn.Tanh, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 64), activation(), nn.Linear(64, 64), activation())
+        self.head = nn.Linear(64, 2) if last is None else nn.Sequential(nn.Linear(64, 2), last)
+        self.way = Perceptron(self, "body", "head")
+
+    def plainly(self, x: Tensor) -> Tensor:
+        """Through the modules."""
+        return self.head(self.body(x))
+
+
+def places(net: nn.Module) -> dict[int, Gradient]:
+    """Room for the gradients of all parameters."""
+    rooms = {id(p): torch.zeros_like(p) for p in net.parameters()}
+    return {key: Gradient(room, room.numpy()) for key, room in rooms.items()}
+
+
+# 8 rows are few, and are for NumPy; 128 are for torch.
+@pytest.mark.parametrize("n_rows", [1, 8, 128])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("last", [None, nn.Tanh(), nn.ReLU()])
+def test_both_ways_through_give_the_same(n_rows: int, activation: type[nn.Module], last: nn.Module | None) -> None:
+    torch.manual_seed(n_rows)
+    net, x = Net(activation, last), torch.randn(n_rows, 3, requires_grad=True)
+    assert (n_rows * 64 * 64 <= FEW) == (n_rows < 128)
+    expected, slope = net.plainly(x), torch.randn(n_rows, 2)
+    expected.backward(slope)
+
+    trace, into = net.way.trace(x), places(net)
+    assert trace is not None and not trace.output.requires_grad
+    torch.testing.assert_close(trace.output, expected.detach(), rtol=1e-6, atol=1e-6)
+    of_input = trace.back(slope, into, is_input_asked=True)
+    torch.testing.assert_close(of_input, x.grad, rtol=1e-5, atol=1e-6)
+    for parameter in net.parameters():
+        torch.testing.assert_close(into[id(parameter)].tensor, parameter.grad, rtol=1e-5, atol=1e-5)
+    trace.back(slope, into)  # adds
+    torch.testing.assert_close(into[id(net.body[0].weight)].tensor, 2 * net.body[0].weight.grad, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(net.way(x), expected.detach(), rtol=1e-6, atol=1e-6)
+    acted = net.way.act(x.detach().numpy())
+    assert (acted is None) == (n_rows == 128)
+    if acted is not None:
+        np.testing.assert_allclose(acted, expected.detach().numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_only_those_learn_that_are_asked() -> None:
+    net = Net()
+    trace, into = net.way.trace(torch.randn(4, 3)), places(net)
+    del into[id(net.body[0].weight)]
+    assert trace is not None and trace.back(torch.ones(4, 2), into) is None
+    assert id(net.body[0].weight) not in into
+    assert into[id(net.body[0].bias)].tensor.any()
+
+
+def hooked(net: Net, seen: list[str]) -> None:
+    net.body[1].register_forward_hook(lambda *_: seen.append("hook"))
+
+
+def replaced(net: Net, seen: list[str]) -> None:
+    class Loud(nn.Tanh):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append("module")
+            return super().forward(input)
+
+    net.body[3] = Loud()
+
+
+@pytest.mark.parametrize("change", [hooked, replaced])
+def test_what_somebody_puts_into_a_network_is_called(change: Callable[[Net, list[str]], None]) -> None:
+    net, x, seen = Net(), torch.randn(4, 3), list[str]()
+    assert net.way.trace(x) is not None
+    change(net, seen)
+    assert net.way.trace(x) is None and net.way.act(x.numpy()) is None
+    with torch.no_grad():
+        net.way(x)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(64, 2, bias=False), nn.GELU(), nn.Dropout(0.5), nn.LayerNorm(64), nn.Linear(64, 2, dtype=torch.float64)],
+    ids=lambda module: type(module).__name__,
+)
+def test_what_is_not_written_out_is_left_to_the_modules(module: nn.Module) -> None:
+    net = Net()
+    net.head = module
+    assert net.way.trace(torch.randn(4, 3)) is None
+
+
+def test_inputs_of_another_kind_are_left_to_the_modules() -> None:
+    net = Net()
+    assert net.way.trace(torch.randn(4, 3, dtype=torch.float64)) is None
+    assert net.way.trace(torch.randn(3)) is None
+    assert net.way.act(np.zeros((4, 3))) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net.way.trace(torch.randn(4, 3)) is None
+
+
+def test_weights_that_were_given_other_memory_are_the_ones_that_count() -> None:
+    net, x = Net(), torch.randn(4, 3)
+    first = net.way.act(x.numpy())
+    for parameter in net.parameters():
+        parameter.data = parameter.data * 2
+    second = net.way.act(x.numpy())
+    assert first is not None and second is not None and not np.allclose(first, second)
+    np.testing.assert_allclose(second, net.plainly(x).detach().numpy(), rtol=1e-6, atol=1e-6)
+    net.head.weight = nn.Parameter(torch.zeros(2, 64))
+    np.testing.assert_allclose(net.way.act(x.numpy()), net.head.bias.detach().numpy()[None].repeat(4, 0), atol=1e-7)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_has_its_own_way(copied: Callable[[Any], Any]) -> None:
+    net, x = Net(), torch.randn(4, 3)
+    net.way.trace(x)
+    other = copied(net)
+    with torch.no_grad():
+        other.head.bias += 1
+    before, after = net.way.act(x.numpy()), other.way.act(x.numpy())
+    assert before is not None and after is not None
+    np.testing.assert_allclose(after, before + 1, rtol=1e-6, atol=1e-6)
+
+
+# Whole updates: the reference is the same model, in which a hook that does nothing closes the short way.
+
+
+def close_short_way(model: Any) -> None:
+    for module in model.policy.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_: None)
+
+
+def rollout(model: A2C, n_rows: int) -> RolloutBatch:
+    torch.manual_seed(0)
+    n_steps = n_rows // 2
+    return RolloutBatch(
+        obs=torch.randn(n_rows, 3),
+        action=torch.as_tensor(np.stack([model.action_space.sample() for _ in range(n_rows)])),
+        reward=torch.randn(n_steps, 2),
+        terminated=torch.rand(n_steps, 2) < 0.1,
+        truncated=torch.zeros(n_steps, 2, dtype=torch.bool),
+        kept=slice(None),
+        share=torch.full((n_rows,), 1 / n_rows),
+        bootstrap_obs=torch.randn(2, 3),
+        bootstrap_index=(torch.full((2,), n_steps - 1), torch.arange(2)),
+    )
+
+
+ACTIONS = {
+    "Discrete": spaces.Discrete(3),
+    "Box": spaces.Box(-1, 1, (2,), np.float32),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
+    "MultiBinary": spaces.MultiBinary(3),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("n_rows", [10, 300])
+@pytest.mark.parametrize("squash", [False, True])
+def test_updates_of_a2c_equal_those_by_autograd(action: str, n_rows: int, squash: bool) -> None:
+    if squash and action != "Box":
+        return
+    known = Spaces(spaces.Box(-5, 5, (3,), np.float32), ACTIONS[action], 2)
+    known.action_space.seed(0)
+    kwargs = {"squash": True} if squash else None
+    models = [A2C("MlpPolicy", known, seed=0, ent_coef=0.1, policy_kwargs=kwargs) for _ in range(2)]
+    close_short_way(models[1])
+    batch = rollout(models[0], n_rows)
+    assert type(models[0].policy) is StochasticActorCritic
+    numbers = [model._update(batch) for model in models]
+    for name in numbers[0]:
+        torch.testing.assert_close(numbers[0][name], numbers[1][name], rtol=1e-5, atol=1e-6)
+    # A step of RMSprop does not tell large gradients from small ones, so that what is compared is the gradient.
+    torch.testing.assert_close(models[0].policy._gradient, models[1].policy._gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+@pytest.mark.parametrize("net_arch", [[16, 16], [256, 256]])
+@pytest.mark.parametrize("action_layer", [0, 1])
+def test_updates_of_ddpg_and_td3_equal_those_by_autograd(cls: Any, net_arch: list[int], action_layer: int) -> None:
+    kwargs = {"net_arch": net_arch, "action_layer": action_layer}
+    models = [cls("MlpPolicy", "Pendulum-v1", learning_starts=50, seed=0, policy_kwargs=kwargs) for _ in range(2)]
+    models[0].learn(50)
+    close_short_way(models[1])
+    batch = models[0].replay_buffer.sample(32)
+    for model in models:
+        assert isinstance(model.policy, DeterministicActorCritic)
+        model.n_updates = 1  # the next update is one of TD3's actor too
+        with model._own_randomness():
+            model._update(batch)
+    for name in ("actor", "critic"):
+        gradients = [getattr(model, name)._gradient for model in models]
+        assert gradients[0].any()
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
