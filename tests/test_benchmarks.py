@@ -1,0 +1,56 @@
+"""The benchmarks run, and their page says what was measured. How fast anything is, no test says."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.__main__ import main, page, ratios_of
+from tests.benchmarks.work import WORKS
+
+
+def test_a_work_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["predict/64", "--repeats", "1", "--share", "0.01", "--out", str(tmp_path)])
+    with (tmp_path / "benchmarks.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["work"], row["side"]) for row in rows] == [
+        ("predict/64", "sbac"),
+        ("predict/64", "stable-baselines3"),
+    ]
+    assert all(float(row["rate"]) > 0 for row in rows)
+    assert WORKS["predict/64"].title in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert "of stable-baselines3" in capsys.readouterr().out
+
+
+def test_ratios_are_those_of_neighbours() -> None:
+    def row(side: str, repeat: int, rate: float) -> dict[str, str]:
+        return {
+            "work": "predict/64",
+            "side": side,
+            "repeat": str(repeat),
+            "rate": str(rate),
+            "machine": "m",
+            "versions": "v",
+        }
+
+    rows = [
+        *(row("sbac", repeat, rate) for repeat, rate in enumerate((10, 30, 80))),
+        *(row("stable-baselines3", repeat, rate) for repeat, rate in enumerate((5, 10, 20))),
+    ]
+    ratios, own, other = ratios_of("predict/64", WORKS["predict/64"], rows)["stable-baselines3"]
+    assert (ratios, own, other) == ([2, 3, 4], 30, 10)
+    assert "| stable-baselines3 | **3.00** (2.00 to 4.00) | 6 | 30 calls/s | 10 calls/s |" in page(rows)
+
+
+@pytest.mark.parametrize("name", [name for name in WORKS if name not in ("import", "replay/sample")])  # which take long
+def test_each_work_of_ours_runs(name: str) -> None:
+    first = next(iter(WORKS[name].sides))
+    assert WORKS[name].sides[first](0.02) > 0
+
+
+def test_an_unknown_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["a2c/Cartpole"])
+    assert "there is no work a2c/Cartpole; known: a2c/CartPole-8" in capsys.readouterr().err
