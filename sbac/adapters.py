@@ -134,6 +134,8 @@ class GymnasiumAdapter(Adapter):
             )
         self._mode = AutoresetMode(mode or AutoresetMode.NEXT_STEP)
         self._ended = np.zeros(self.num_envs, dtype=bool)
+        self._all_valid = np.ones(self.num_envs, dtype=bool)
+        self._all_valid.setflags(write=False)
         self._reuses_memory = getattr(env.unwrapped, "copy", True) is False
         self.action_mask: np.ndarray | None = None
 
@@ -151,9 +153,7 @@ class GymnasiumAdapter(Adapter):
         if self._reuses_memory:
             obs = copy_tree(obs)
         self.action_mask = _masks(raw, self.num_envs)
-        valid = np.ones(self.num_envs, dtype=bool)
-        if self._mode is AutoresetMode.NEXT_STEP:
-            valid = ~self._ended
+        valid = ~self._ended if self._mode is AutoresetMode.NEXT_STEP else self._all_valid
         ended = terminated | truncated
         successor = obs
         ends: dict[int, dict[str, Any]] = {}

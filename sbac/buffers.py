@@ -73,6 +73,8 @@ def _empty_actions(shape: tuple[int, ...], space: spaces.Space[Any]) -> Tree:
 
 def _as_stored(obs: Tree, stored: Tree) -> Tree:
     """A copy of observations in the dtypes of those stored."""
+    if type(stored) is np.ndarray:
+        return np.array(obs, stored.dtype)
     return tree_map(lambda leaf, room: np.array(leaf, room.dtype), obs, stored)
 
 
@@ -155,7 +157,7 @@ class RolloutBuffer:
         self.truncated[row] = step.truncated
         self.valid[row] = step.valid
         self._newest = _as_stored(step.successor, self.obs)
-        for i in np.flatnonzero(step.truncated & ~step.terminated):
+        for i in np.flatnonzero(step.truncated & ~step.terminated) if step.truncated.any() else ():
             self._cut_obs.append(rows(self._newest, i))
             self._cut_index.append((row, int(i)))
         self.pos += 1
@@ -239,7 +241,8 @@ class RolloutBuffer:
         return {**trees, **{name: getattr(self, name) for name in names}}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.as_tensor(array, device=self.device)
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
 
 # What a row's flags say.
@@ -523,7 +526,8 @@ class ReplayBuffer:
         return tree_map(lambda leaf: leaf.reshape(self.buffer_size, *leaf.shape[2:])[index], self.obs)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.as_tensor(array, device=self.device)
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def _tensors(self, tree: Tree) -> Tree:
         return tree_map(self._tensor, tree)

@@ -22,7 +22,7 @@ from sbac.networks import (
     init_fan_in,
     init_uniform,
 )
-from sbac.perceptron import Gradient, Perceptron, Trace
+from sbac.perceptron import Gradient, Perceptron, Trace, is_hooked
 from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
@@ -72,14 +72,12 @@ class Actor(Trainable):
 
     def act(self, obs: Tree) -> np.ndarray | None:
         """mu(s) from array to array, for a few plain observations; None where that is left to `forward`."""
-        is_plain = type(obs) is np.ndarray and self.preprocessor.is_identity
-        if is_plain and type(self.features_extractor) is FlattenExtractor:
-            return self._mu.act(obs.astype(np.float32, copy=False))
-        return None
+        is_plain = type(obs) is np.ndarray and type(self) is Actor and _reads_as_it_is(self)
+        return None if not is_plain or is_hooked(self) else self._mu.act(obs)
 
     def evaluate(self, obs: Tree) -> tuple[Tensor, Callable[[Tensor], None]]:
         """mu(s), (B, action_dim), and the way back: a function of the gradient of a loss with respect to it."""
-        features = _features_without_learning(self, obs)
+        features = _features_without_learning(self, obs) if type(self) is Actor and not is_hooked(self) else None
         trace = None if features is None else self._mu.trace(features)
         if trace is None:
             action = self(obs)
@@ -168,7 +166,7 @@ class QTrace:
 
     def action_gradient(self) -> Tensor:
         """dQ/da, (B, action_dim)."""
-        of_joined = self._above.back(torch.ones(len(self.q), 1), {}, is_input_asked=True)
+        of_joined = self._above.back(torch.ones_like(self.q).unsqueeze(-1), {}, is_input_asked=True)
         assert of_joined is not None
         return of_joined[:, -self._action_dim :]
 
@@ -226,6 +224,9 @@ class Critic(Trainable):
 
     def _traces(self, obs: Tree, action: Tensor, members: Sequence[Any]) -> list[QTrace] | None:
         """Of each of these members; None where their way back is left to autograd."""
+        is_own = type(self) is Critic and all(type(member) is QNetwork for member in members)
+        if not is_own or any(map(is_hooked, (self, *members))):
+            return None
         features = _features_without_learning(self, obs)
         if features is None:
             return None
@@ -239,10 +240,16 @@ def _features(network: Actor | Critic, obs: Tree) -> Tensor:
     return network.features_extractor(network.preprocessor(obs)) if features is None else features
 
 
+def _reads_as_it_is(network: Actor | Critic) -> bool:
+    """Whether the perceptrons of a network read observations as they are, but for the dtype."""
+    body, preprocessor = network.features_extractor, network.preprocessor
+    is_flat = type(body) is FlattenExtractor and preprocessor.is_identity
+    return is_flat and not is_hooked(body) and not is_hooked(preprocessor)
+
+
 def _features_without_learning(network: Actor | Critic, obs: Tree) -> Tensor | None:
     """As `_features`, where the body has nothing to learn; else None."""
-    is_flat = type(network.features_extractor) is FlattenExtractor  # mostly
-    if is_flat and network.preprocessor.is_identity and obs.dtype is torch.float32:
+    if _reads_as_it_is(network) and obs.dtype is torch.float32:
         return obs
     if not has_nothing_to_learn(network.features_extractor):
         return None

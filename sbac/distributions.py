@@ -97,6 +97,8 @@ class CategoricalDistribution(Distribution):
         return slope.scatter_add_(-1, action.long().unsqueeze(-1), of_log_prob.unsqueeze(-1)), None
 
     def _log_probs(self) -> Tensor:
+        if self.logits.requires_grad:  # each use has a graph of its own
+            return torch.log_softmax(self.logits, dim=-1)
         if self._normalized is None:
             self._normalized = torch.log_softmax(self.logits, dim=-1)
         return self._normalized

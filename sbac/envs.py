@@ -71,8 +71,8 @@ class ActionCodec:
         if self._parts is not None:
             return tree_map(lambda codec, part: codec.to_env(part), self._parts, action)
         if isinstance(self.space, spaces.Box):
-            native = np.clip(self._center + self._half_range * action, self._low, self._high)
-            return (np.rint(native) if np.issubdtype(self._dtype, np.integer) else native).astype(self._dtype)
+            native = np.minimum(np.maximum(self._center + self._half_range * action, self._low), self._high)
+            return (np.rint(native) if self._dtype.kind in "iu" else native).astype(self._dtype)
         if isinstance(self.space, (spaces.Discrete, spaces.MultiDiscrete)):
             return (action + self._start).astype(self.space.dtype)
         return action.astype(self.space.dtype, copy=False)

@@ -113,6 +113,10 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
         ValueError: The observation does not have the form of the space.
         NotFiniteError: It holds NaN or infinity.
     """
+    if type(observation) is np.ndarray and isinstance(space, spaces.Box) and observation.dtype == space.dtype:
+        single = observation.shape == space.shape  # most are of this kind, and are ready
+        if (single or observation.shape[1:] == space.shape) and all_finite(observation):
+            return observation[None] if single else observation, single
     if carries_mask(observation, space):
         obs, single = as_batch(observation["observation"], space)
         mask = np.asarray(observation[MASK])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 FEW = 2**18
 """Multiplications in the largest layer up to which NumPy, which needs less time to begin, does the work.
@@ -57,7 +58,7 @@ class Perceptron:
         self._n_weights = 0  # of the largest layer
         self._modules: list[nn.Module] = []
         self._addresses: list[int] = []
-        self._hooks: list[Any] = []  # of all modules: empty as long as nobody hooks into one
+        self._parameters: list[Any] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, n_in) -> (B, n_out)."""
@@ -71,7 +72,7 @@ class Perceptron:
 
     def trace(self, x: Tensor) -> Trace | None:
         """As a call, with the way back; None where that is not written out, but left to autograd."""
-        if not self._takes(x):
+        if not self._takes(x) or any(map(_has_hooks_of_gradients, self._parameters)):
             return None
         if len(x) * self._n_weights <= FEW:
             return Trace(self._layers, _forward_arrays(self._layers, x.detach().numpy()))
@@ -79,8 +80,10 @@ class Perceptron:
 
     def act(self, x: np.ndarray) -> np.ndarray | None:
         """As a call, from array to array, for a few rows; None where that is left to the modules."""
-        if x.ndim != 2 or x.dtype != np.float32 or not self._is_plain() or len(x) * self._n_weights > FEW:
+        if x.ndim != 2 or not self._is_plain() or len(x) * self._n_weights > FEW:
             return None
+        with np.errstate(all="ignore"):
+            x = x.astype(np.float32, copy=False)
         return _forward_arrays(self._layers, x)[-1]
 
     def _takes(self, x: Tensor) -> bool:
@@ -98,17 +101,15 @@ class Perceptron:
         # Somebody may have replaced a module, or given a parameter other memory.
         addresses = [p.data_ptr() for module in modules for p in module._parameters.values() if p is not None]
         if addresses != self._addresses or modules != self._modules:
-            self._layers = _plain_layers(modules)
+            self._layers = _plain_layers(modules, [self._owner._modules[name] for name in self._names])
             self._n_weights = max((layer.weight.numel() for layer in self._layers), default=0)
             self._modules, self._addresses = modules, addresses
-            self._hooks = [
-                hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
-            ]
-        return bool(self._layers) and not any(self._hooks) and not torch.is_autocast_enabled("cpu")
+            self._parameters = [p for module in modules for p in module._parameters.values()]
+        return bool(self._layers) and not any(map(is_hooked, modules)) and not _is_watched()
 
     def __getstate__(self) -> dict[str, Any]:
         # Without views, which would become tensors of their own in a copy.
-        return {**self.__dict__, "_layers": [], "_modules": [], "_addresses": [], "_hooks": []}
+        return {**self.__dict__, "_layers": [], "_modules": [], "_addresses": [], "_parameters": []}
 
 
 class Trace:
@@ -136,7 +137,8 @@ class Trace:
             is_input_asked: Whether to return the gradient with respect to the input, (B, n_in).
         """
         if self._is_few:
-            array = _backward_arrays(self._layers, self._kept, gradient.numpy(), into, is_input_asked)
+            with np.errstate(all="ignore"):
+                array = _backward_arrays(self._layers, self._kept, gradient.numpy(), into, is_input_asked)
             return torch.from_numpy(array) if is_input_asked else None
         gradient = _backward(self._layers, self._kept, gradient, into, is_input_asked)
         return gradient if is_input_asked else None
@@ -145,8 +147,40 @@ class Trace:
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 
-def _plain_layers(modules: Sequence[nn.Module]) -> list[_Layer]:
-    """The layers that the modules make up; none where the short way would not be the same."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody hooked into a module, or gave it another `forward`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _has_hooks_of_gradients(parameter: Tensor | None) -> bool:
+    return parameter is not None and bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def _is_watched() -> bool:
+    """Whether torch looks at each operation: it traces, compiles, transforms, counts or casts."""
+    return bool(
+        torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or _has_any_global_hook()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[Any]) -> list[_Layer]:
+    """The layers that the modules make up; none where the short way would not be the same.
+
+    Args:
+        modules: In order, with each part before what is in it.
+        parts: Those that may be an `nn.Sequential`.
+    """
     layers: list[_Layer] = []
     for module in modules:
         if type(module) is nn.Linear and _is_usual(module.weight) and _is_usual(module.bias):
@@ -154,7 +188,7 @@ def _plain_layers(modules: Sequence[nn.Module]) -> list[_Layer]:
             layers.append(_Layer(weight, bias, weight.numpy(), bias.numpy(), id(module.weight), id(module.bias)))
         elif type(module) in _ACTIVATIONS and layers and layers[-1].activation is None:
             layers[-1] = layers[-1]._replace(activation=_ACTIVATIONS[type(module)])
-        elif type(module) is not nn.Sequential:
+        elif type(module) is not nn.Sequential or all(module is not part for part in parts):
             return []
     return layers
 
@@ -166,14 +200,15 @@ def _is_usual(parameter: Tensor | None) -> bool:
 def _forward_arrays(layers: Sequence[_Layer], x: np.ndarray) -> list[np.ndarray]:
     """The input and what comes out of each layer behind its activation: n + 1 arrays."""
     kept = [x]
-    for layer in layers:
-        x = x @ layer.weight_array.T
-        x += layer.bias_array
-        if layer.activation == "relu":
-            np.maximum(x, 0, out=x)
-        elif layer.activation == "tanh":
-            np.tanh(x, out=x)
-        kept.append(x)
+    with np.errstate(all="ignore"):  # what is not finite is noticed later, as with torch
+        for layer in layers:
+            x = x @ layer.weight_array.T
+            x += layer.bias_array
+            if layer.activation == "relu":
+                np.maximum(x, 0, out=x)
+            elif layer.activation == "tanh":
+                np.tanh(x, out=x)
+            kept.append(x)
     return kept
 
 

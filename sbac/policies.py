@@ -21,7 +21,7 @@ from sbac.guards import require_constant
 from sbac.networks import create_mlp, has_nothing_to_learn, init_orthogonal
 from sbac.normalization import Normalizer, make_normalizer
 from sbac.observations import MASK, as_batch, split_mask
-from sbac.perceptron import Perceptron
+from sbac.perceptron import Perceptron, is_hooked
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
 from sbac.trees import Tree, leaves, rows, space_tree
@@ -343,8 +343,8 @@ class StochasticActorCritic(Trainable, BasePolicy):
                 log_std = [p for p in self._learning if p is getattr(self, "log_std", None)]
                 with torch.enable_grad():
                     same = self._distribution(leaf, mask)
-                    found = same.log_prob(action), same.entropy()
-                torch.autograd.backward(found, (of_log_prob, of_entropy), inputs=[leaf, *log_std])
+                    found = (same.log_prob(action) * of_log_prob).sum() + (same.entropy() * of_entropy).sum()
+                found.backward(inputs=[leaf, *log_std])
                 of_parameters = leaf.grad
             else:
                 of_parameters, of_log_std = slopes
@@ -387,7 +387,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         """Actions (n, *action_shape) for observations (n, *obs_shape): the most probable ones, or a draw of each."""
         parameters = None
         if type(obs) is np.ndarray and self.preprocessor.is_identity and self._has_plain_bodies():
-            parameters = self._pi.act(obs.astype(np.float32, copy=False))
+            parameters = self._pi.act(obs)
         with torch.no_grad():
             if parameters is None:
                 distribution = self.get_distribution(obs_to_tensor(obs, self.device))
@@ -405,8 +405,10 @@ class StochasticActorCritic(Trainable, BasePolicy):
 
     def _has_plain_bodies(self) -> bool:
         """Whether nothing in front of the perceptrons learns, and nobody has written anything else to be done there."""
-        bodies = {self.features_extractor, self.vf_features_extractor}
-        return type(self) is StochasticActorCritic and all(map(has_nothing_to_learn, bodies))
+        parts = {self.preprocessor, self.features_extractor, self.vf_features_extractor}
+        if type(self) is not StochasticActorCritic or any(map(is_hooked, parts)):
+            return False
+        return has_nothing_to_learn(self.features_extractor) and has_nothing_to_learn(self.vf_features_extractor)
 
     def _actor_features(self, obs: Tree) -> Tensor:
         return self.features_extractor(obs)

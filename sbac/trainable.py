@@ -100,6 +100,7 @@ class Trainable(nn.Module):
         flat = self.flat.detach()
         self._before = flat.clone()
         self._gradient = self.flat.grad = torch.zeros_like(flat)
+        self._gradient_address = self._gradient.data_ptr()
         self._layout: list[tuple[nn.Parameter, Tensor, int, bool]] = []
         self._frozen: list[slice] = []
         start = 0
@@ -121,7 +122,7 @@ class Trainable(nn.Module):
 
     def _lay_if_moved(self) -> None:
         """As `_lay`, where somebody replaced what it made, or froze or thawed a parameter."""
-        moved = self.flat.grad is not self._gradient
+        moved = self.flat.grad is not self._gradient or self._gradient.data_ptr() != self._gradient_address
         for leaf, view, address, learns in self._layout:
             if leaf.grad is not view or leaf.data_ptr() != address or leaf.requires_grad is not learns:
                 moved = True
@@ -130,7 +131,16 @@ class Trainable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Views become tensors of their own in a copy or a pickle: leave out what `_lay` makes anew.
-        made = ("_before", "_gradient", "_layout", "_frozen", "_learning", "_in_place", "_buffer_list")
+        made = (
+            "_before",
+            "_gradient",
+            "_gradient_address",
+            "_layout",
+            "_frozen",
+            "_learning",
+            "_in_place",
+            "_buffer_list",
+        )
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -245,7 +255,11 @@ class Trainable(nn.Module):
 
     def back_by_autograd(self, outputs: Sequence[Tensor], *gradients: Tensor) -> None:
         """Add to the gradients of the parameters, from those of a loss with respect to what the network gave."""
-        torch.autograd.backward(outputs, gradients, inputs=self._learning)
+        # What only frozen parts had a hand in has no way back.
+        learned = [i for i, output in enumerate(outputs) if output.requires_grad]
+        if learned:
+            asked = [outputs[i] for i in learned], [gradients[i] for i in learned]
+            torch.autograd.backward(*asked, inputs=self._learning)
 
     def step(self) -> None:
         """One optimizer step along the gradient that `gradient` computed. Frozen parameters stay.

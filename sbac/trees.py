@@ -61,12 +61,15 @@ def batch_size(tree: Tree) -> int:
 
 def rows(tree: Tree, index: Any) -> Tree:
     """The rows `index` of each leaf: a view for a slice or a number, a copy for an array of numbers."""
-    return tree_map(lambda leaf: leaf[index], tree)
+    return tree[index] if type(tree) is np.ndarray else tree_map(lambda leaf: leaf[index], tree)
 
 
 def set_rows(tree: Tree, index: Any, values: Tree) -> None:
     """Overwrite the rows `index` of each leaf."""
-    tree_map(lambda leaf, value: leaf.__setitem__(index, value), tree, values)
+    if type(tree) is np.ndarray:
+        tree[index] = values
+    else:
+        tree_map(lambda leaf, value: leaf.__setitem__(index, value), tree, values)
 
 
 def copy_tree(tree: Tree) -> Tree:

@@ -137,7 +137,7 @@ class SameStepVectorEnv(SyncVectorEnv):
             if terminated[i] or truncated[i]:
                 infos = self._add_info(infos, {"final_obs": row, "final_info": info}, i)
                 row, info = env.reset()
-            obs[i] = row
+            obs[i] = self._env_obs[i] = row
             if info:
                 infos = self._add_info(infos, info, i)
         return obs, reward, terminated, truncated, infos

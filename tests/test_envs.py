@@ -754,3 +754,12 @@ def test_a_natively_vectorised_environment_is_seeded() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_envpool_has_no_gymnasium_id() -> None:
     assert make_environments(envpool_cartpole(10)).env_id is None
+
+
+def test_a_reset_of_some_environments_leaves_the_others_where_they_are() -> None:
+    env = make_environments("CartPole-v1", n_envs=2).env
+    env.reset(seed=0)
+    obs = env.step(np.array([0, 1]))[0]
+    after, _ = env.reset(options={"reset_mask": np.array([True, False])})
+    np.testing.assert_array_equal(after[1], obs[1])
+    assert not np.array_equal(after[0], obs[0])

@@ -84,6 +84,14 @@ def hooked(net: Net, seen: list[str]) -> None:
     net.body[1].register_forward_hook(lambda *_: seen.append("hook"))
 
 
+def hooked_at_the_part(net: Net, seen: list[str]) -> None:
+    net.body.register_forward_pre_hook(lambda *_: seen.append("hook"))
+
+
+def given_another_forward(net: Net, seen: list[str]) -> None:
+    net.body[1].forward = lambda x: (seen.append("forward"), x)[1]
+
+
 def replaced(net: Net, seen: list[str]) -> None:
     class Loud(nn.Tanh):
         def forward(self, input: Tensor) -> Tensor:
@@ -93,7 +101,7 @@ def replaced(net: Net, seen: list[str]) -> None:
     net.body[3] = Loud()
 
 
-@pytest.mark.parametrize("change", [hooked, replaced])
+@pytest.mark.parametrize("change", [hooked, hooked_at_the_part, given_another_forward, replaced])
 def test_what_somebody_puts_into_a_network_is_called(change: Callable[[Net, list[str]], None]) -> None:
     net, x, seen = Net(), torch.randn(4, 3), list[str]()
     assert net.way.trace(x) is not None
@@ -115,11 +123,48 @@ def test_what_is_not_written_out_is_left_to_the_modules(module: nn.Module) -> No
     assert net.way.trace(torch.randn(4, 3)) is None
 
 
+def test_layers_within_layers_are_not_left_out() -> None:
+    net, x = Net(), torch.randn(4, 3)
+    net.body = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 64), nn.Tanh())
+    assert net.way.trace(x) is None
+    with torch.no_grad():
+        assert torch.equal(net.way(x), net.plainly(x))
+
+
+def test_what_watches_gradients_gets_them() -> None:
+    net, x = Net(), torch.randn(4, 3)
+    net.way.trace(x)
+    net.body[0].weight.register_hook(lambda gradient: gradient * 0)
+    assert net.way.trace(x) is None
+    assert net.way.act(x.numpy()) is not None  # there is no gradient
+
+
+def test_torch_sees_what_it_traces() -> None:
+    net, first, second = Net().requires_grad_(False), torch.randn(4, 3), torch.randn(4, 3)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: net.way(x), first, check_trace=False)
+        torch.testing.assert_close(traced(second), net.plainly(second))
+        mapped = torch.func.vmap(lambda row: net.way(row[None]))(second)
+    torch.testing.assert_close(mapped[:, 0], net.plainly(second).detach())
+
+
+def test_numbers_that_are_not_finite_pass_without_a_word() -> None:
+    net, x = Net(nn.ReLU), torch.full((4, 3), 1e38)
+    with torch.no_grad():
+        net.body[0].weight.fill_(1e38)
+    with np.errstate(all="raise"):
+        assert net.way.act(x.numpy()) is not None
+        assert net.way.act(np.full((4, 3), 1e300)) is not None
+        trace = net.way.trace(x)
+        assert trace is not None
+        trace.back(torch.full((4, 2), 1e38), places(net))
+
+
 def test_inputs_of_another_kind_are_left_to_the_modules() -> None:
     net = Net()
     assert net.way.trace(torch.randn(4, 3, dtype=torch.float64)) is None
     assert net.way.trace(torch.randn(3)) is None
-    assert net.way.act(np.zeros((4, 3))) is None
+    assert net.way.act(np.zeros(3)) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert net.way.trace(torch.randn(4, 3)) is None
 
@@ -219,3 +264,87 @@ def test_updates_of_ddpg_and_td3_equal_those_by_autograd(cls: Any, net_arch: lis
         gradients = [getattr(model, name)._gradient for model in models]
         assert gradients[0].any()
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+# What is frozen, in every way through.
+
+
+def freeze(policy: StochasticActorCritic, name: str) -> None:
+    for parameter_name, parameter in policy.named_parameters():
+        if parameter_name.startswith(name):
+            parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("action", [*ACTIONS, "Dict"])
+@pytest.mark.parametrize("part", ["log_std", "value_net", "policy_net", "action_net", "policy_net.0.weight"])
+@pytest.mark.parametrize("is_short", [True, False])
+def test_frozen_parts_of_a2c_stay_and_the_others_learn(action: str, part: str, is_short: bool) -> None:
+    space = spaces.Dict({"a": ACTIONS["Box"], "b": ACTIONS["Box"]}) if action == "Dict" else ACTIONS[action]
+    known = Spaces(spaces.Box(-5, 5, (3,), np.float32), space, 2)
+    models = [A2C("MlpPolicy", known, seed=0, ent_coef=0.1, max_grad_norm=None) for _ in range(2)]
+    if action == "Dict":
+        space.seed(0)
+        drawn = [space.sample() for _ in range(10)]
+        acted = {key: torch.as_tensor(np.stack([one[key] for one in drawn])) for key in ("a", "b")}
+        batch = rollout(A2C("MlpPolicy", Spaces(known[0], ACTIONS["Box"], 2)), 10)._replace(action=acted)
+    else:
+        batch = rollout(models[0], 10)
+    if not is_short:
+        close_short_way(models[1])
+    freeze(models[1].policy, part)
+    before = {name: parameter.clone() for name, parameter in models[1].policy.named_parameters()}
+    for model in models:
+        model._update(batch)
+    whole = dict(models[0].policy.named_parameters())
+    for name, parameter in models[1].policy.named_parameters():
+        if name.startswith(part):
+            assert torch.equal(parameter, before[name])
+        else:
+            torch.testing.assert_close(parameter.grad, whole[name].grad, rtol=1e-4, atol=1e-6)
+
+
+# What somebody puts around or in place of a network.
+
+
+@pytest.mark.parametrize("part", ["actor", "critic", "critic.q_networks.0", "actor.features_extractor"])
+def test_hooks_around_the_perceptrons_are_called(part: str) -> None:
+    kwargs = {"net_arch": [8]}
+    model = TD3("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=8, policy_kwargs=kwargs, seed=0).learn(25)
+    called: list[str] = []
+    model.policy.get_submodule(part).register_forward_hook(lambda *_: called.append(part))
+    model.train(2)
+    assert called
+
+
+def test_networks_of_ones_own_are_asked_themselves() -> None:
+    kwargs = {"net_arch": [8]}
+    model = DDPG("MlpPolicy", "Pendulum-v1", learning_starts=20, policy_kwargs=kwargs, seed=0)
+    own: Any = type(model.actor)
+
+    class Halved(own):  # type: ignore[misc]
+        def forward(self, obs: Tensor) -> Tensor:
+            return super().forward(obs) / 2
+
+    one = np.float32([0.1, 0.2, 0.3])
+    whole = model.predict(one)[0]
+    model.actor.__class__ = Halved
+    obs = torch.randn(5, 3)
+    assert torch.equal(model.actor.evaluate(obs)[0], model.actor(obs).detach())
+    np.testing.assert_allclose(model.predict(one)[0], whole / 2, rtol=1e-5)
+
+
+def test_a_gradient_that_was_given_other_memory_is_noticed() -> None:
+    model = A2C("MlpPolicy", Spaces(spaces.Box(-5, 5, (3,), np.float32), spaces.Discrete(3), 2), seed=0)
+    batch = rollout(model, 10)
+    gradient = next(model.policy.parameters()).grad
+    assert gradient is not None
+    gradient.share_memory_()
+    assert model._update(batch)["grad_norm"] > 0
+
+
+def test_a_distribution_that_was_looked_at_keeps_its_graph() -> None:
+    policy = A2C("MlpPolicy", "CartPole-v1", seed=0).policy
+    distribution = policy.get_distribution(torch.randn(3, 4))
+    with torch.no_grad():
+        distribution.entropy()
+    assert distribution.log_prob(torch.zeros(3)).requires_grad
