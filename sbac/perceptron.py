@@ -64,7 +64,7 @@ class Perceptron:
         """(B, n_in) -> (B, n_out)."""
         if torch.is_grad_enabled() or not self._takes(x):
             for name in self._names:
-                x = self._owner._modules[name](x)  # type: ignore[misc]
+                x = getattr(self._owner, name)(x)
             return x
         if len(x) * self._n_weights <= FEW:
             return torch.from_numpy(_forward_arrays(self._layers, x.detach().numpy())[-1])
