@@ -15,7 +15,7 @@ EXTRAS = {
     "atari": ["ale-py>=0.10", "opencv-python-headless>=4.8"],
     "video": ["gymnasium[other]>=1.1", "moviepy>=2.0"],
     "envpool": ["envpool>=1.0"],
-    "peers": ["stable-baselines3>=2.4"],
+    "peers": ["stable-baselines3>=2.4", "sbx-rl>=0.20"],
     "minari": ["minari>=0.5", "h5py>=3.10"],
     "tests": [
         "pytest>=8.0",

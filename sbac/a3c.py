@@ -5,7 +5,6 @@ Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", arXiv:
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,7 +30,7 @@ from sbac.recurrent import CnnRecurrentActorCritic, RecurrentActorCritic
 from sbac.remote import RemoteEnvironments, go_on, worker_state
 from sbac.schedules import FloatOrSchedule
 from sbac.transport import Report, SharedMemory, SharedMemoryTransport, Transport
-from sbac.workers import Workers, WorkerStates
+from sbac.workers import Workers, WorkerStates, usable_cores
 
 
 def actor_learner(model: A3C, env: Environments, shared: Transport) -> None:
@@ -110,7 +109,7 @@ class A3C(BaseAlgorithm):
             the price of the parallel work.
         max_worker_restarts: How many workers that raise, die or hang are replaced in one call of `learn`.
         worker_timeout: Seconds without a step after which a worker counts as hanging, above 0. Starting may take a
-            minute at least.
+            minute at least, and longer where several workers share a core.
         rollout_buffer_class: Derived from `RolloutBuffer`, in its place.
         rollout_buffer_kwargs: Its further arguments.
         stats_window_size: Over how many finished episodes ``rollout/ep_rew_mean`` is taken.
@@ -191,7 +190,7 @@ class A3C(BaseAlgorithm):
         self.dropout = dropout
         self.normalize_obs = require_flag("normalize_obs", normalize_obs)
         self.normalize_reward = require_flag("normalize_reward", normalize_reward)
-        self.n_workers = _usable_cores() if n_workers is None else require_whole("n_workers", n_workers, 1)
+        self.n_workers = usable_cores() if n_workers is None else require_whole("n_workers", n_workers, 1)
         self.deterministic = require_flag("deterministic", deterministic)
         self.max_worker_restarts = require_whole("max_worker_restarts", max_worker_restarts, 0)
         self.worker_timeout = float(worker_timeout)
@@ -466,7 +465,3 @@ def _work(
         actor_learner(model, env, shared)
     finally:
         env.close()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,7 +20,7 @@ from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make
 from sbac.observations import split_mask
-from sbac.optimization import require_statistics
+from sbac.optimization import require_statistics, without_compiler
 from sbac.preprocessing import Preprocessor
 from sbac.sb3 import read_stable_baselines
 from sbac.sb3_file import is_stable_baselines
@@ -73,7 +73,9 @@ def save(
         file.arrays[f"policy/{name}"] = tensor_to_array(tensor)
     if "optimizer" in parts:
         for name, network in model._trained().items():
-            for index, state in network.optimizer.state_dict()["state"].items():
+            with without_compiler():
+                states = network.optimizer.state_dict()["state"]
+            for index, state in states.items():
                 for key, value in state.items():
                     file.arrays[f"optimizer/{name}/{index}/{key}"] = tensor_to_array(torch.as_tensor(value))
     apart = None if segments is None else segments.take(_replay_buffer(model))
@@ -355,8 +357,9 @@ def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
                 state.setdefault(int(index), {})[entry] = array_to_tensor(array)
             for statistics in state.values():
                 require_statistics(network.optimizer, statistics)
-            groups = network.optimizer.state_dict()["param_groups"]
-            network.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            with without_compiler():
+                groups = network.optimizer.state_dict()["param_groups"]
+                network.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except ValueError as error:
             raise ArchiveError(f"{path}: the optimizer of the {name} cannot be restored: {error}") from error
 

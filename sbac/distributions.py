@@ -285,6 +285,7 @@ class DistributionFamily:
         self._tree = space_tree(space)
         self._squash = squash
         self._is_combined = isinstance(space, (spaces.Dict, spaces.Tuple))
+        self._shape = tuple(space.shape or ())
         parts = [part for _, part in leaves(self._tree)]
         self.n_dims = sum(_size(part) for part in parts if isinstance(part, spaces.Box))
         self.n_choices = n_choices(space)
@@ -327,6 +328,9 @@ class DistributionFamily:
 
     def to_numpy(self, action: Tree) -> Tree:
         """Actions of a distribution as arrays (B, *shape)."""
+        if not self._is_combined:
+            array: np.ndarray = action.cpu().numpy()
+            return array if array.shape[1:] == self._shape else array.reshape(len(array), *self._shape)
         return tree_map(
             lambda part, leaf: leaf.cpu().numpy().reshape(len(leaf), *(part.shape or ())), self._tree, action
         )

@@ -1,13 +1,54 @@
-"""What torch does not have: RMSprop as in TensorFlow, and statistics that are there before the first step."""
+"""What torch does not have: RMSprop as in TensorFlow, statistics before the first step, and optimizers made at once."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Make, read or write optimizers without torch's compiler.
+
+    torch keeps these functions out of whatever it compiles. To do so it imports its compiler with the first call, which
+    takes longer than all else that a program of sbac needs to start. Nothing is compiled in here.
+    """
+    names = ("add_param_group", "state_dict", "load_state_dict")
+    functions = [getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None) for name in names]
+    if "torch._dynamo" in sys.modules or None in functions:
+        yield
+        return
+    mark = "__dynamo_disable"  # under which torch finds what to call in its place
+    bare = [function for function in functions if not hasattr(function, mark)]
+    for function in bare:
+        setattr(function, mark, function)
+    try:
+        yield
+    finally:
+        for function in bare:
+            delattr(function, mark)
+
+
+def _known_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """`initial_state` of torch's RMSprop without momentum and of its fused Adam, the usual ones; None of any other."""
+    group = optimizer.param_groups[0]
+    parameter, is_fused = group["params"][0], bool(group.get("fused"))
+    if group.get("capturable") or group.get("differentiable"):
+        return None
+    if type(optimizer) is torch.optim.RMSprop and not (group["momentum"] or group["centered"]):
+        names = ["square_avg"]
+    elif type(optimizer) is torch.optim.Adam and is_fused and not group["amsgrad"]:
+        names = ["exp_avg", "exp_avg_sq"]
+    else:
+        return None
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device) if is_fused else torch.zeros(())
+    return {"step": step, **{name: torch.zeros_like(parameter, requires_grad=False) for name in names}}
 
 
 def initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -24,6 +65,9 @@ def initial_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     Raises:
         ValueError: It keeps statistics in new tensors from step to step, in numbers, or begins with other ones.
     """
+    known = _known_state(optimizer)
+    if known is not None:
+        return known
     own, shared = _trial(optimizer), _trial(optimizer)
     parameter, twin = own.param_groups[0]["params"][0], shared.param_groups[0]["params"][0]
     own.step()
@@ -58,9 +102,11 @@ def require_statistics(optimizer: torch.optim.Optimizer, given: Mapping[str, Ten
     Raises:
         ValueError: Naming those that differ by name or shape.
     """
-    trial = _trial(optimizer)
-    trial.step()
-    kept = trial.state[trial.param_groups[0]["params"][0]]
+    kept: Mapping[str, Any] | None = _known_state(optimizer)
+    if kept is None:
+        trial = _trial(optimizer)
+        trial.step()
+        kept = trial.state[trial.param_groups[0]["params"][0]]
     own = {name: tuple(torch.as_tensor(value).shape) for name, value in kept.items()}
     stored = {name: tuple(value.shape) for name, value in given.items()}
     differing = sorted(name for name in own if own[name] != stored.get(name))

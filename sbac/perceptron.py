@@ -54,11 +54,7 @@ class Perceptron:
     def __init__(self, owner: nn.Module, *names: str) -> None:
         self._owner = owner
         self._names = names
-        self._layers: list[_Layer] = []
-        self._n_weights = 0  # of the largest layer
-        self._modules: list[nn.Module] = []
-        self._addresses: list[int] = []
-        self._parameters: list[Any] = []
+        self._found = _Found()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, n_in) -> (B, n_out)."""
@@ -66,25 +62,28 @@ class Perceptron:
             for name in self._names:
                 x = getattr(self._owner, name)(x)
             return x
-        if len(x) * self._n_weights <= FEW:
-            return torch.from_numpy(_forward_arrays(self._layers, x.detach().numpy())[-1])
-        return _forward(self._layers, x.detach())[-1]
+        layers, n_weights = self._found.layers, self._found.n_weights
+        if len(x) * n_weights <= FEW:
+            return torch.from_numpy(_forward_arrays(layers, x.detach().numpy())[-1])
+        return _forward(layers, x.detach())[-1]
 
     def trace(self, x: Tensor) -> Trace | None:
         """As a call, with the way back; None where that is not written out, but left to autograd."""
-        if not self._takes(x) or any(map(_has_hooks_of_gradients, self._parameters)):
+        if not self._takes(x) or any(map(_has_hooks_of_gradients, self._found.parameters)):
             return None
-        if len(x) * self._n_weights <= FEW:
-            return Trace(self._layers, _forward_arrays(self._layers, x.detach().numpy()))
-        return Trace(self._layers, _forward(self._layers, x.detach()))
+        layers, n_weights = self._found.layers, self._found.n_weights
+        if len(x) * n_weights <= FEW:
+            return Trace(layers, _forward_arrays(layers, x.detach().numpy()))
+        return Trace(layers, _forward(layers, x.detach()))
 
     def act(self, x: np.ndarray) -> np.ndarray | None:
         """As a call, from array to array, for a few rows; None where that is left to the modules."""
-        if x.ndim != 2 or not self._is_plain() or len(x) * self._n_weights > FEW:
+        if x.ndim != 2 or not self._is_plain() or len(x) * self._found.n_weights > FEW:
             return None
-        with np.errstate(all="ignore"):
-            x = x.astype(np.float32, copy=False)
-        return _forward_arrays(self._layers, x)[-1]
+        if x.dtype != np.float32:
+            with np.errstate(all="ignore"):
+                x = x.astype(np.float32)
+        return _forward_arrays(self._found.layers, x)[-1]
 
     def _takes(self, x: Tensor) -> bool:
         """Whether what is written out does the same to `x` as the modules."""
@@ -92,24 +91,67 @@ class Perceptron:
 
     def _is_plain(self) -> bool:
         """Whether all parts are what is written out here, as they lie in memory now."""
-        modules: list[Any] = []
-        for name in self._names:
-            part = self._owner._modules[name]
-            modules.append(part)
-            if type(part) is nn.Sequential:
-                modules += part._modules.values()
-        # Somebody may have replaced a module, or given a parameter other memory.
-        addresses = [p.data_ptr() for module in modules for p in module._parameters.values() if p is not None]
-        if addresses != self._addresses or modules != self._modules:
-            self._layers = _plain_layers(modules, [self._owner._modules[name] for name in self._names])
-            self._n_weights = max((layer.weight.numel() for layer in self._layers), default=0)
-            self._modules, self._addresses = modules, addresses
-            self._parameters = [p for module in modules for p in module._parameters.values()]
-        return bool(self._layers) and not any(map(is_hooked, modules)) and not _is_watched()
+        if not self._found.is_still_so(self._owner._modules):
+            # Somebody replaced a module, or gave a parameter other memory.
+            self._found = _look([(name, self._owner._modules[name]) for name in self._names])
+        found = self._found
+        return bool(found.layers) and not (any(found.hooks) or found.has_own_forward() or _is_watched())
 
     def __getstate__(self) -> dict[str, Any]:
         # Without views, which would become tensors of their own in a copy.
-        return {**self.__dict__, "_layers": [], "_modules": [], "_addresses": [], "_parameters": []}
+        return {**self.__dict__, "_found": _Found()}
+
+
+class _Found(NamedTuple):
+    """What the parts of a perceptron were when they were looked at, so that a change is noticed at little cost."""
+
+    layers: Sequence[_Layer] = ()  # none where the short way would not be the same
+    n_weights: int = 0  # of the largest layer
+    parts: Sequence[tuple[str, Any]] = ()
+    insides: Sequence[
+        tuple[Mapping[str, Any], Sequence[Any]]
+    ] = ()  # of each `nn.Sequential`: its modules, then and now
+    holders: Sequence[Mapping[str, Any]] = ()  # of parameters, by name
+    parameters: Sequence[Any] = ()
+    addresses: Sequence[int] = ()
+    hooks: Sequence[Mapping[int, Any]] = ()  # of all modules; empty where nobody hooked into them
+    attributes: Sequence[Mapping[str, Any]] = ()  # of all modules
+
+    def is_still_so(self, owned: Mapping[str, Any]) -> bool:
+        """Whether the owner's modules, and the memory of their parameters, are those that were found."""
+        for name, part in self.parts:
+            if owned[name] is not part:
+                return False
+        for inside, then in self.insides:
+            if list(inside.values()) != then:
+                return False
+        addresses = [p.data_ptr() for holder in self.holders for p in holder.values() if p is not None]
+        return bool(self.parts) and addresses == self.addresses
+
+    def has_own_forward(self) -> bool:
+        """Whether somebody gave one of the modules another `forward`."""
+        return any("forward" in attributes for attributes in self.attributes)
+
+
+def _look(parts: Sequence[tuple[str, Any]]) -> _Found:
+    """See what the parts of a perceptron are."""
+    modules: list[nn.Module] = []
+    for _, part in parts:
+        modules += [part, *part._modules.values()] if type(part) is nn.Sequential else [part]
+    layers = _plain_layers(modules, [part for _, part in parts])
+    holders = [module._parameters for module in modules if module._parameters]
+    parameters = [parameter for holder in holders for parameter in holder.values() if parameter is not None]
+    return _Found(
+        layers,
+        max((layer.weight.numel() for layer in layers), default=0),
+        parts,
+        [(part._modules, list(part._modules.values())) for _, part in parts if type(part) is nn.Sequential],
+        holders,
+        parameters,
+        [parameter.data_ptr() for parameter in parameters],
+        [hooks for module in modules for hooks in _hooks(module)],
+        [module.__dict__ for module in modules],
+    )
 
 
 class Trace:
@@ -149,13 +191,11 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it another `forward`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return "forward" in module.__dict__ or any(_hooks(module))
+
+
+def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _has_hooks_of_gradients(parameter: Tensor | None) -> bool:

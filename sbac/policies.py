@@ -328,8 +328,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         """The evaluation, where the way back through both networks is written out, and nothing before them learns."""
         if not self._has_plain_bodies():
             return None
-        obs, mask = self._read(batch.obs)
-        features = self.features_extractor(obs)
+        features, mask = self._read_plain(batch.obs)
         pi, v = self._pi.trace(features), self._v.trace(features)
         if pi is None or v is None:
             return None
@@ -363,8 +362,11 @@ class StochasticActorCritic(Trainable, BasePolicy):
 
     def predict_values(self, obs: Tree) -> Tensor:
         """V(s) for a batch of observations: (B,)."""
-        obs, _ = self._read(obs)
-        return self._v(self._critic_features(obs)).squeeze(-1)
+        if not torch.is_grad_enabled() and self._has_plain_bodies():
+            features, _ = self._read_plain(obs)
+        else:
+            features = self._critic_features(self._read(obs)[0])
+        return self._v(features).squeeze(-1)
 
     def evaluate_actions(self, obs: Tree, action: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss needs.
@@ -405,10 +407,11 @@ class StochasticActorCritic(Trainable, BasePolicy):
 
     def _has_plain_bodies(self) -> bool:
         """Whether nothing in front of the perceptrons learns, and nobody has written anything else to be done there."""
-        parts = {self.preprocessor, self.features_extractor, self.vf_features_extractor}
-        if type(self) is not StochasticActorCritic or any(map(is_hooked, parts)):
+        parts = self._modules
+        body, vf_body = parts["features_extractor"], parts["vf_features_extractor"]
+        if type(self) is not StochasticActorCritic or not (_is_plain_body(body) and not is_hooked(self.preprocessor)):
             return False
-        return has_nothing_to_learn(self.features_extractor) and has_nothing_to_learn(self.vf_features_extractor)
+        return vf_body is body or _is_plain_body(vf_body)
 
     def _actor_features(self, obs: Tree) -> Tensor:
         return self.features_extractor(obs)
@@ -420,6 +423,13 @@ class StochasticActorCritic(Trainable, BasePolicy):
         """Observations as the bodies read them, and the mask of allowed actions that came with them."""
         obs, mask = split_mask(obs, self.observation_space, self.family.n_choices)
         return self.preprocessor(obs), None if mask is None else mask.reshape(len(mask), -1) > 0
+
+    def _read_plain(self, obs: Tree) -> tuple[Tensor, Tensor | None]:
+        """As `_read`, and through the bodies, where they are plain ones."""
+        if self.preprocessor.is_identity and isinstance(obs, Tensor) and obs.dtype is torch.float32:
+            return obs, None
+        obs, mask = self._read(obs)
+        return self.features_extractor(obs), mask
 
     def _distribution(self, parameters: Tensor, mask: Tensor | None) -> Distribution:
         return self.family(parameters, getattr(self, "log_std", None), mask)
@@ -448,6 +458,10 @@ class CnnActorCritic(StochasticActorCritic):
     ) -> None:
         body = image_extractor(observation_space, features_extractor_class)
         super().__init__(observation_space, action_space, device, net_arch, features_extractor_class=body, **kwargs)
+
+
+def _is_plain_body(body: Any) -> bool:
+    return has_nothing_to_learn(body) and not is_hooked(body)
 
 
 def _require_squashable(space: spaces.Space[Any]) -> None:

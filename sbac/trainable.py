@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sbac.guards import NotFiniteError
-from sbac.optimization import initial_state
+from sbac.optimization import initial_state, without_compiler
 from sbac.perceptron import Gradient
 
 # Layers that do the same in training and in evaluation. Any other, and any of a user's own, counts as one that may not.
@@ -182,7 +182,8 @@ class Trainable(nn.Module):
             kwargs.setdefault("fused", True)
         make: Callable[..., torch.optim.Optimizer] = optimizer_class
         try:
-            self.optimizer = make([self.flat], lr=learning_rate, **kwargs)
+            with without_compiler():
+                self.optimizer = make([self.flat], lr=learning_rate, **kwargs)
         except (TypeError, ValueError) as error:
             raise ValueError(f"policy_kwargs: optimizer_kwargs {kwargs}: {error}") from error
 
@@ -374,7 +375,7 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
     """``optimizer.step()`` of one parameter, without what torch does around it, which takes longer than the step.
 
     The short way is for the usual forms of `torch.optim.RMSprop` and fused `torch.optim.Adam` on the CPU, and gives the
-    same numbers to the last bit. Others, the first step, and what somebody hooked into go through ``optimizer.step()``.
+    same numbers to the last bit. Others, and what somebody hooked into, go through ``optimizer.step()``.
 
     Args:
         optimizer: Of one parameter, which has a gradient.
@@ -383,11 +384,13 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
     unusual = _UNUSUAL.get(kind)
     group = optimizer.param_groups[0]
     parameter = group["params"][0]
-    state = optimizer.state.get(parameter)
     is_usual = unusual is not None and not any(map(group.get, unusual)) and group.get("fused", True)
-    if not (is_usual and state) or parameter.device.type != "cpu" or _is_watched(optimizer):
+    if not is_usual or parameter.device.type != "cpu" or _is_watched(optimizer):
         optimizer.step()
         return
+    state = optimizer.state[parameter]
+    if not state:
+        state.update(initial_state(optimizer))
     gradient = parameter.grad
     with torch.no_grad():
         state["step"] += 1

@@ -47,7 +47,7 @@ BEAT_SECONDS = 0.5
 """How often the parent looks whether workers are alive."""
 
 SET_UP_SECONDS = 60.0
-"""How long a worker may take to start, where `worker_timeout` is shorter."""
+"""How long a worker may take to start, where `worker_timeout` is shorter; longer where several share a core."""
 
 FAREWELL_SECONDS = 2.0
 """How long workers may take to finish a last rollout."""
@@ -212,6 +212,7 @@ class Workers:
         self._rollout, self._n_envs = rollout, n_envs
         self.launches = launches
         self._max_restarts, self._timeout = max_restarts, timeout
+        self._set_up_seconds = SET_UP_SECONDS * max(1.0, len(memory.rows) / usable_cores())
         self._in_turn, self._first_turn = in_turn, first_turn
         self._rank_in_turn = first_turn % len(memory.rows)
         self._states = states
@@ -286,7 +287,7 @@ class Workers:
         self._states.clear()
         if not self._in_turn:
             return
-        deadline = time.monotonic() + SET_UP_SECONDS  # at the very beginning some may not be there yet
+        deadline = time.monotonic() + self._set_up_seconds  # at the very beginning some may not be there yet
         waited_for = set(self._processes)
         for process in self._processes:
             process.call(ASK_STATE)
@@ -423,7 +424,12 @@ class Workers:
         return found
 
     def _patience(self, process: _Process) -> float:
-        return self._timeout if process.is_set_up else max(self._timeout, SET_UP_SECONDS)
+        return self._timeout if process.is_set_up else max(self._timeout, self._set_up_seconds)
+
+
+def usable_cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _opened(report: Report) -> Report:

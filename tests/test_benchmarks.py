@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.__main__ import main, page, ratios_of
+from tests.benchmarks.scaling import PLOTS
+from tests.benchmarks.scaling import main as scaling
 from tests.benchmarks.work import WORKS
 
 
@@ -54,3 +56,29 @@ def test_an_unknown_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["a2c/Cartpole"])
     assert "there is no work a2c/Cartpole; known: a2c/CartPole-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_each_plot_of_ours_has_its_first_point(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first, x = next(iter(PLOTS[name].sides)), PLOTS[name].xs[0]
+    scaling(["--point", name, first, str(x)])
+    assert float(capsys.readouterr().out.split()[-1]) > 0
+
+
+def test_plots_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
+    with (tmp_path / "scaling.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("plot", "side", "x", "repeat", "value"))
+        writer.writerows(
+            (name, side, x, repeat, x + repeat)
+            for name, plot in PLOTS.items()
+            for side in plot.sides
+            for x in plot.xs
+            for repeat in range(2)
+        )
+    scaling(["--plot", "--out", str(tmp_path)])
+    picture = tmp_path / "images/scaling.svg"
+    first = picture.read_bytes()
+    scaling(["--plot", "--out", str(tmp_path)])
+    assert picture.read_bytes() == first  # the same numbers, the same picture
+    assert first.count(b'<g id="axes_') == len(PLOTS)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sbac.guards import NotFiniteError
-from sbac.optimization import RMSpropTFLike
+from sbac.optimization import RMSpropTFLike, without_compiler
 from sbac.trainable import Trainable, _step
 
 
@@ -599,6 +604,31 @@ def test_the_short_step_is_the_optimizers_own_to_the_last_bit(optimizer_class: A
     assert own.keys() == short.keys()
     for name, value in own.get(0, {}).items():
         assert value is short[0][name] is None or torch.equal(torch.as_tensor(value), torch.as_tensor(short[0][name]))
+        assert value is None or torch.as_tensor(value).dtype == torch.as_tensor(short[0][name]).dtype
+
+
+@pytest.mark.parametrize(("algorithm", "env"), [("A2C", "CartPole-v1"), ("TD3", "Pendulum-v1")])
+def test_a_program_does_not_wait_for_the_compiler(algorithm: str, env: str, tmp_path: Path) -> None:
+    """To make, save and load a model, and to train it, torch's compiler is not imported: it takes seconds."""
+    program = f"""
+import sys
+from sbac import {algorithm}
+model = {algorithm}("MlpPolicy", "{env}", seed=0)
+model.learn(200)
+model.save("model.zip")
+{algorithm}.load("model.zip")
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment).returncode == 0
+
+
+def test_the_compiler_finds_optimizers_as_torch_left_them() -> None:
+    functions = [inspect.unwrap(getattr(torch.optim.Optimizer, name)) for name in ("add_param_group", "state_dict")]
+    before = [dict(vars(function)) for function in functions]
+    with without_compiler():
+        torch.optim.RMSprop([nn.Parameter(torch.ones(3))]).state_dict()
+    assert [vars(function) for function in functions] == before
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.RMSprop, torch.optim.Adam])

@@ -45,7 +45,7 @@ def _learning(model: Any, warm_up: int, steps: int) -> float:
 # The algorithms, each with the same networks, batches and rates on both sides.
 
 
-def _a2c(n_envs: int, is_native: bool, steps: int) -> dict[str, Callable[[float], float]]:
+def a2c(n_envs: int, is_native: bool, steps: int) -> dict[str, Callable[[float], float]]:
     def ours(share: float) -> float:
         from sbac import A2C
 
@@ -143,7 +143,7 @@ def _sbx(share: float) -> float:
     return _learning(model, 350, int(600 * share))
 
 
-def _floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) -> dict[str, Callable[[float], float]]:
+def floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) -> dict[str, Callable[[float], float]]:
     """TD3's updates against the matrix products that they cannot do without, at the rate of this machine."""
     from sbac import TD3
     from sbac.envs import Spaces
@@ -272,7 +272,7 @@ def _environment_alone(n_envs: int, steps: int) -> dict[str, Callable[[float], f
 
         return _rate(step, int(steps * share))
 
-    return {"sbac": _a2c(n_envs, False, steps)["sbac"], "the environments alone": alone}
+    return {"sbac": a2c(n_envs, False, steps)["sbac"], "the environments alone": alone}
 
 
 def _import(what: str) -> Callable[[float], float]:
@@ -283,9 +283,9 @@ def _import(what: str) -> Callable[[float], float]:
 
 
 WORKS: dict[str, Work] = {
-    "a2c/CartPole-8": Work("A2C, CartPole-v1, 8 environments, defaults", "steps", _a2c(8, False, 20_000), wanted="3.0"),
+    "a2c/CartPole-8": Work("A2C, CartPole-v1, 8 environments, defaults", "steps", a2c(8, False, 20_000), wanted="3.0"),
     "a2c/native-64": Work(
-        "A2C, natively vectorised CartPole-v1, 64 environments", "steps", _a2c(64, True, 100_000), wanted="4.0"
+        "A2C, natively vectorised CartPole-v1, 64 environments", "steps", a2c(64, True, 100_000), wanted="4.0"
     ),
     "a2c/environment": Work(
         "A2C, CartPole-v1, 8 environments: against the environments alone", "steps", _environment_alone(8, 20_000)
@@ -329,8 +329,8 @@ WORKS: dict[str, Work] = {
         wanted="4",
         is_disturbed=True,
     ),
-    "td3/floor-256": Work("TD3, update, 256-256, batch 256", "updates", _floor(256, (256, 256), 17, 6)),
-    "td3/floor-400": Work("TD3, update, 400-300, batch 256", "updates", _floor(256, (400, 300), 17, 6), wanted="0.85"),
+    "td3/floor-256": Work("TD3, update, 256-256, batch 256", "updates", floor(256, (256, 256), 17, 6)),
+    "td3/floor-400": Work("TD3, update, 400-300, batch 256", "updates", floor(256, (400, 300), 17, 6), wanted="0.85"),
     "predict/64": Work("predict, one observation, 64-64", "calls", _predict([64, 64]), wanted="6"),
     "predict/400": Work("predict, one observation, 400-300", "calls", _predict([400, 300]), wanted="6"),
     "replay/sample": Work("replay buffer, a batch of 256", "batches", _sample(), wanted="1"),
