@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -117,6 +118,8 @@ def load(
         print("Saved with: " + ", ".join(f"{name} {version}" for name, version in file.meta["versions"].items()))
 
     given = _decode_arguments(file, cls, overrides)
+    if isinstance(given.get("policy"), str) and not {"policy", "policy_kwargs"} & overrides.keys():
+        _require_weights(given.get("policy_kwargs"), file, path)
     try:
         known = Spaces(
             decode(file.config["observation_space"]), decode(file.config["action_space"]), int(given["n_envs"])
@@ -336,6 +339,19 @@ def _decode_arguments(file: Archive, cls: type, overrides: Mapping[str, Any]) ->
         except ValueError as error:
             raise ArchiveError(f"config.json: the argument {name} cannot be read: {error}") from error
     return arguments
+
+
+def _require_weights(policy_kwargs: Any, file: Archive, path: Any) -> None:
+    """Refuse layers larger than all that the file holds, before any memory is asked for them."""
+    n_held = sum(array.size for name, array in file.arrays.items() if name.startswith("policy/"))
+    net_arch = policy_kwargs.get("net_arch") if isinstance(policy_kwargs, Mapping) else None
+    for widths in net_arch.values() if isinstance(net_arch, Mapping) else [net_arch]:
+        sizes = [1, *widths] if isinstance(widths, (list, tuple)) else []
+        for below, above in itertools.pairwise(size for size in sizes if isinstance(size, int)):
+            if below * above > n_held:
+                raise ArchiveError(
+                    f"{path}: its net_arch {widths} needs more weights than the {n_held} that the file holds"
+                )
 
 
 def _meta(model: BaseAlgorithm) -> dict[str, Any]:

@@ -499,6 +499,17 @@ def test_what_is_no_space_makes_no_model_also_beside_an_environment(make_model, 
         make_model.cls.load(tmp_path / "model", env="CartPole-v1")
 
 
+@pytest.mark.parametrize("net_arch", [[60_000, 60_000], {"pi": [60_000, 60_000]}])
+def test_layers_that_a_file_does_not_hold_are_refused_before_memory_is_taken(make_model, tmp_path, net_arch):
+    model = make_model()
+    model.save(tmp_path / "model")
+    archive = read_archive(tmp_path / "model")
+    archive.config["arguments"]["policy_kwargs"], _ = encode({"net_arch": net_arch})
+    write_archive(tmp_path / "model", archive)
+    with pytest.raises(ArchiveError, match=r"\[60000, 60000\] needs more weights than the \d+ that"):
+        make_model.cls.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("why", ["an object that cannot be pickled", "a full disk"])
 def test_an_earlier_file_survives_a_save_that_fails(make_model, tmp_path, monkeypatch, why):
     good = make_model(seed=0)
