@@ -49,6 +49,18 @@ to be done. Repeat it, with the extra `peers`, on a machine that has nothing els
 ```console
 $ python -m tests.benchmarks
 ```
+
+## How cost grows
+
+Each point is the median of some repeats, and the band goes from the least to the largest. Both axes are logarithmic,
+so that cost that grows as the work does is a straight line. On the same machine:
+
+![Steps a second over environments and workers, time of an update over batch and width, memory over the size of a
+buffer](images/scaling.svg)
+
+```console
+$ python -m tests.benchmarks.scaling
+```
 """
 
 

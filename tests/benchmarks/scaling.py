@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from tests.benchmarks.a3c import sbac_speed
+from tests.benchmarks.a3c import workers_speed
 from tests.benchmarks.work import a2c, floor
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -135,8 +135,8 @@ PLOTS: dict[str, Plot] = {
         "steps a second, all together",
         (1, 2, 4),
         {
-            "8 environments each": lambda n: sbac_speed(n, 8, 20, 40_000),
-            "1 environment each": lambda n: sbac_speed(n, 1, 20, 10_000),
+            "8 environments each": lambda n: workers_speed(n, 8, 20, 40_000),
+            "1 environment each": lambda n: workers_speed(n, 1, 20, 10_000),
         },
     ),
 }

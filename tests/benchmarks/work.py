@@ -100,6 +100,32 @@ def _images() -> dict[str, Callable[[float], float]]:
     return {"sbac": ours, "stable-baselines3": theirs}
 
 
+def _envpool(n_envs: int, steps: int) -> dict[str, Callable[[float], float]]:
+    """A2C in environments that step together in another language, against those that step one after the other."""
+
+    def in_envpool(share: float) -> float:
+        import envpool
+
+        from sbac import A2C
+
+        env = envpool.make("CartPole-v1", env_type="gymnasium", num_envs=n_envs, num_threads=1, seed=0)
+        return _learning(A2C("MlpPolicy", env, seed=0), 50 * n_envs, int(steps * share))
+
+    return {"sbac": in_envpool, "Gymnasium's environments": a2c(n_envs, False, steps)["sbac"]}
+
+
+def _workers(n_workers: int, n_envs: int, steps: int) -> Callable[[float], float]:
+    from tests.benchmarks.a3c import workers_speed
+
+    return lambda share: workers_speed(n_workers, n_envs, n_steps=5, steps=int(steps * share))
+
+
+def _plain_worker(share: float) -> float:
+    from tests.benchmarks.plain_a3c import train
+
+    return train("CartPole-v1", int(6_000 * share), 5)
+
+
 def _off_policy(
     algorithm: str, env: str, net_arch: list[int] | None, steps: int, action_layer: int = 0, **arguments: Any
 ) -> dict[str, Callable[[float], float]]:
@@ -289,6 +315,24 @@ WORKS: dict[str, Work] = {
     ),
     "a2c/environment": Work(
         "A2C, CartPole-v1, 8 environments: against the environments alone", "steps", _environment_alone(8, 20_000)
+    ),
+    "a2c/envpool-64": Work("A2C, CartPole-v1, 64 environments of envpool", "steps", _envpool(64, 60_000)),
+    "a3c/workers": Work(
+        "A3C, CartPole-v1, two workers with 8 environments each",
+        "steps",
+        {"sbac": _workers(2, 8, 40_000), "one worker": _workers(1, 8, 40_000)},
+        wanted="1.7",
+    ),
+    "a3c/plain-8": Work(
+        "A3C, CartPole-v1, one worker with 8 environments",
+        "steps",
+        {"sbac": _workers(1, 8, 40_000), "a plain PyTorch loop": _plain_worker},
+        wanted="5",
+    ),
+    "a3c/plain-1": Work(
+        "A3C, CartPole-v1, one worker with 1 environment",
+        "steps",
+        {"sbac": _workers(1, 1, 12_000), "a plain PyTorch loop": _plain_worker},
     ),
     "ddpg/Pendulum": Work(
         "DDPG, Pendulum-v1, 64-64, batch 128",
