@@ -48,7 +48,7 @@ def signature(app, what, name, obj, options, arguments, returned):
     if what == "class" and type(obj).__call__ is not type.__call__ and "__init__" in vars(obj):
         found = inspect.stringify_signature(inspect.signature(obj.__init__, bound_method=True), show_annotation=False)
         return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", found), None
-    if name == "sbac.base.BaseAlgorithm.load":
+    if name == "sbac.saving.Saveable.load":
         return re.sub(r"^\(instance: [^,]+, ", "(", arguments), returned
     return None
 

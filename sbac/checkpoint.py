@@ -19,7 +19,7 @@ from torch import nn
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
-from sbac.envs import EnvironmentLike, Spaces, number_to_make
+from sbac.envs import EnvironmentLike, Spaces, number_to_make, require_spaces
 from sbac.observations import split_mask
 from sbac.optimization import require_statistics, without_compiler
 from sbac.preprocessing import Preprocessor
@@ -48,7 +48,7 @@ COUNTERS = (
 
 
 def save(
-    model: BaseAlgorithm,
+    model: Any,
     path: PathLike | BinaryIO,
     exclude: Iterable[str] | None,
     include: Iterable[str] | None,
@@ -136,12 +136,7 @@ def load(
         if is_foreign and Preprocessor(made.observation_space).space == known.observation_space:
             # Stable-Baselines3 turned the environment's images around before the model saw their space.
             known = known._replace(observation_space=made.observation_space)
-        for what in ("observation_space", "action_space"):
-            if getattr(known, what) != getattr(made, what):
-                raise ValueError(
-                    f"the environment has another {what.replace('_', ' ')} than the model in {path}: the model was "
-                    f"made for {getattr(known, what)}, the environment has {getattr(made, what)}"
-                )
+        require_spaces(made, known, f"the model in {path}")
     try:
         model = cls(env=made, device=device, **given)
     except Exception as error:  # whatever strange values of a file lead to
@@ -200,7 +195,7 @@ def run_state(model: Any) -> dict[str, Any]:
     """Where a run is, beside the model: its log and its callbacks."""
     return {
         "start": model._first_timestep,
-        "folder": model._run_folder,
+        "folder": model._outputs.folder,
         "training_log": model._training_log.get_state(),
         "logger": model.logger.get_state(),
         "callbacks": [(type(one).__name__, one.get_state()) for one in model._callback.everyone()],

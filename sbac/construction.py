@@ -1,12 +1,14 @@
-"""How an algorithm is made: misspelt arguments are refused, presets filled in, files loaded on class or instance."""
+"""How an algorithm is made from its arguments: those misspelt are refused, presets filled in, parts looked up."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 from abc import ABCMeta
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
 
 from sbac.guards import nearest
 
@@ -67,6 +69,43 @@ def argument_names(cls: type) -> list[str]:
     return list(names)
 
 
+def read_policy(algorithm: str, policy: object, aliases: Mapping[str, type[nn.Module]]) -> type[nn.Module]:
+    """The class of the policy that is asked for.
+
+    Args:
+        algorithm: What the message calls the algorithm.
+        policy: A name among `aliases`, or a class.
+        aliases: The classes by name.
+
+    Raises:
+        ValueError: It is neither; names what was received and, of a name, the nearest.
+    """
+    if isinstance(policy, type) and issubclass(policy, nn.Module):
+        return policy
+    if not isinstance(policy, str):
+        raise ValueError(f"policy must be one of {', '.join(aliases)}, auto, or a policy class, not {policy!r}")
+    if policy not in aliases:
+        raise ValueError(f"{algorithm} has no policy {policy!r}{nearest(policy, [*aliases, 'auto'])}")
+    return aliases[policy]
+
+
+def read_device(device: torch.device | str) -> torch.device:
+    """The device that is asked for; "auto" is the CPU.
+
+    Raises:
+        ValueError: torch does not know it, or does not find it here.
+    """
+    # A small network on a GPU waits for the GPU; images arrive with the policies that read them.
+    try:
+        chosen = torch.device("cpu" if isinstance(device, str) and device == "auto" else device)
+        torch.empty(0, device=chosen)  # a device may be known and not there
+        return chosen
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or another that torch finds here, not {device!r} ({error})"
+        ) from error
+
+
 def read_part(argument: str, base: type[_Part], given: object, kwargs: object) -> tuple[type[_Part], dict[str, Any]]:
     """The class that a model is to use in place of one of its parts, and the further arguments for it.
 
@@ -95,20 +134,3 @@ def read_part(argument: str, base: type[_Part], given: object, kwargs: object) -
             others = nearest(str(name), known) if known else "; it has none beyond those that the model sets"
             raise ValueError(f"{argument}_kwargs: {cls.__name__} has no argument {name!r}{others}")
     return cls, dict(kwargs or {})
-
-
-class LoadsEitherWay:
-    """``DDPG.load(path)`` returns a new model; ``model.load(path)`` loads into the model.
-
-    Args:
-        function: Of the class, the instance or None, and the arguments that a caller gives.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        functools.update_wrapper(self, function)  # type: ignore[arg-type]
-
-    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
-        """The function with the class, and the instance if there is one, for its first two arguments."""
-        bound = functools.partial(self._function, owner, instance)
-        return functools.update_wrapper(bound, self._function)

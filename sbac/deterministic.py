@@ -64,7 +64,7 @@ class Actor(Trainable):
         self._mu = Perceptron(self, "mu")
         init_fan_in(self.mu)
         if final_init is not None:
-            init_uniform(self.mu[-2], final_init)  # type: ignore[arg-type]
+            init_uniform(self.mu[-2], final_init)
 
     def forward(self, obs: Tensor) -> Tensor:
         """(B, *obs_shape) -> (B, action_dim)."""
@@ -123,7 +123,7 @@ class QNetwork(nn.Module):
         self._state, self._q = Perceptron(self, "state_net"), Perceptron(self, "q_net")
         init_fan_in(self)
         if final_init is not None:
-            init_uniform(self.q_net[-1], final_init)  # type: ignore[arg-type]
+            init_uniform(self.q_net[-1], final_init)
 
     def forward(self, features: Tensor, action: Tensor) -> Tensor:
         """(B, features_dim), (B, action_dim) -> (B,)."""

@@ -380,6 +380,26 @@ def number_to_make(env: EnvironmentLike, n_envs: int) -> int:
     return n_envs if isinstance(env, str) or (callable(env) and (is_class or not hasattr(env, "step"))) else 1
 
 
+def require_spaces(env: Any, model: Any, name: str = "the model") -> None:
+    """Refuse environments with other spaces than a model's.
+
+    Args:
+        env: What has an ``observation_space`` and an ``action_space``.
+        model: What has those of the model.
+        name: What the message calls the model.
+
+    Raises:
+        ValueError: Naming both spaces.
+    """
+    for what in ("observation_space", "action_space"):
+        own, given = getattr(model, what), getattr(env, what)
+        if own != given:
+            raise ValueError(
+                f"the environment has another {what.replace('_', ' ')} than {name}: the model was made for {own}, "
+                f"the environment has {given}"
+            )
+
+
 def _require_count(env: Any, num_envs: int, n_envs: int) -> None:
     if n_envs not in (1, num_envs):
         raise ValueError(f"n_envs={n_envs} does not fit: env already holds {num_envs} environments ({env!r})")

@@ -7,9 +7,10 @@ from typing import Any
 from sbac.a2c import A2C
 from sbac.a3c import A3C
 from sbac.archive import ArchiveError, inspect_archive, write_archive
-from sbac.base import BaseAlgorithm, PathLike
+from sbac.base import BaseAlgorithm
 from sbac.ddpg import DDPG
 from sbac.guards import nearest
+from sbac.saving import PathLike
 from sbac.sb3 import read_stable_baselines
 from sbac.sb3_file import is_stable_baselines
 from sbac.td3 import TD3

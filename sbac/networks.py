@@ -193,10 +193,10 @@ def init_fan_in(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_uniform(layer: nn.Linear, bound: float) -> None:
+def init_uniform(layer: nn.Module, bound: float) -> None:
     """Weights and biases uniform in +-bound."""
-    layer.weight.uniform_(-bound, bound)
-    layer.bias.uniform_(-bound, bound)
+    for parameter in layer.parameters():
+        parameter.uniform_(-bound, bound)
 
 
 def describe(network: nn.Module) -> str:

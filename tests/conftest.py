@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +19,25 @@ SMALL: dict[str, tuple[type[BaseAlgorithm], str, dict[str, Any]]] = {
 }
 
 
+@dataclass
+class MakeModel:
+    """Makes small models of an algorithm.
+
+    Attributes:
+        cls: The algorithm.
+        env_id: Where its models learn, unless another environment is given.
+        arguments: Of the small models, unless others are given.
+    """
+
+    cls: type[BaseAlgorithm]
+    env_id: str
+    arguments: dict[str, Any]
+
+    def __call__(self, env: Any = None, **overrides: Any) -> Any:
+        small = {"seed": 0, "policy_kwargs": {"net_arch": [16, 8]}, **self.arguments}
+        return self.cls("MlpPolicy", self.env_id if env is None else env, **{**small, **overrides})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Networks this small only lose time to threads, and sums keep their order."""
@@ -28,12 +48,6 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(params=sorted(SMALL))
-def make_model(request: pytest.FixtureRequest) -> Callable[..., BaseAlgorithm]:
-    """Makes a small model; the test runs once for each algorithm. Arguments override the small model's."""
-    cls, env_id, arguments = SMALL[request.param]
-
-    def make(env: Any = env_id, **overrides: Any) -> BaseAlgorithm:
-        return cls("MlpPolicy", env, **{"seed": 0, "policy_kwargs": {"net_arch": [16, 8]}, **arguments, **overrides})
-
-    make.cls, make.env_id = cls, env_id  # type: ignore[attr-defined]
-    return make
+def make_model(request: pytest.FixtureRequest) -> MakeModel:
+    """Makes a small model; the test runs once for each algorithm."""
+    return MakeModel(*SMALL[request.param])

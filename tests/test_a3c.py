@@ -499,7 +499,9 @@ def test_ctrl_c_ends_all_workers_and_keeps_the_model(tmp_path):
     assert time.monotonic() - pressed < 5
     assert not any(is_alive(pid) for pid in workers)
     assert err == ""
-    steps = int(re.fullmatch(r"kept (\d+)\n", out)[1])  # type: ignore[index]
+    kept = re.fullmatch(r"kept (\d+)\n", out)
+    assert kept is not None
+    steps = int(kept[1])
     assert steps >= 200
     assert A3C.load(tmp_path / "kept.zip").num_timesteps == steps
 

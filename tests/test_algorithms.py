@@ -10,6 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ from sbac.base import BaseAlgorithm
 from sbac.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from sbac.logger import configure
 from sbac.schedules import ConstantSchedule, LinearSchedule
-
-MakeModel = Callable[..., BaseAlgorithm]
+from tests.conftest import MakeModel
 
 # Every hyperparameter that is a float and may be a schedule.
 FLOATS = {
@@ -70,7 +70,7 @@ class Task(gymnasium.Env[Any, Any]):
     observation_space = spaces.Box(-1, 1, (3,), np.float32)
 
     def __init__(self, make_model: MakeModel, fault_at: int = 0, fault: Any = None, length: int = 7) -> None:
-        is_box = make_model.cls is not A2C  # type: ignore[attr-defined]
+        is_box = make_model.cls is not A2C
         self.action_space = spaces.Box(-2, 2, (1,), np.float32) if is_box else spaces.Discrete(2)
         self.fault_at, self.fault, self.length, self.steps = fault_at, fault, length, 0
 
@@ -160,7 +160,7 @@ def with_nothing(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
 
 
 def with_evaluation(make_model: MakeModel, folder: Path) -> BaseAlgorithm:
-    env_id = make_model.env_id  # type: ignore[attr-defined]
+    env_id = make_model.env_id
     short = [lambda: gymnasium.make(env_id, max_episode_steps=20)]
     callback = CallbackList(
         [
@@ -500,15 +500,16 @@ def test_a_schedule_that_leaves_its_range_is_refused_at_once(make_model):
             make_model(**{name: lambda progress: float("nan")})
 
 
-def test_a_learning_rate_that_falls_to_zero(make_model):
+def test_a_learning_rate_that_falls_to_zero(make_model, monkeypatch):
     model = make_model(learning_rate=LinearSchedule(1e-2, 0.0))
     rates = []
+
+    def spy(network, step, *args):
+        rates.append((model.num_timesteps, network.optimizer.param_groups[0]["lr"]))
+        return step(*args)
+
     for network in model._trained().values():
-        step = network.optimizer.step
-        network.optimizer.step = lambda *args, network=network, step=step: (  # type: ignore[method-assign]
-            rates.append((model.num_timesteps, network.optimizer.param_groups[0]["lr"])),
-            step(*args),
-        )[1]
+        monkeypatch.setattr(network.optimizer, "step", partial(spy, network, network.optimizer.step))
     model.learn(100)
     assert len(rates) > 20
     assert all(rate == pytest.approx(1e-2 * (1 - steps / 100)) for steps, rate in rates)
@@ -594,7 +595,9 @@ def test_values_out_of_range_of_one_algorithm(cls, arguments, text):
 
 
 def test_a_subclass_may_pass_its_arguments_on(make_model):
-    class Own(make_model.cls):  # type: ignore[misc, name-defined]
+    base: Any = make_model.cls
+
+    class Own(base):
         def __init__(self, *args: Any, extra: int = 3, **kwargs: Any) -> None:
             self.extra = extra
             super().__init__(*args, **kwargs)

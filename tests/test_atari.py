@@ -49,7 +49,7 @@ def test_a_square_is_found_in_an_image() -> None:
     model = A2C("CnnPolicy", MovingSquare, n_envs=8, gamma=0.0, learning_rate=1e-3, use_rms_prop=False, seed=0)
 
     def score() -> float:
-        return float(evaluate_policy(model, MovingSquare, n_eval_episodes=20, seed=1000)[0])  # type: ignore[arg-type]
+        return evaluate_policy(model, MovingSquare, n_eval_episodes=20, seed=1000)[0]
 
     assert score() < 5
     model.learn(6_000)

@@ -23,13 +23,23 @@ SMALL: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(params=SMALL)
-def make(request: Any) -> Any:
-    cls, critic, arguments = SMALL[request.param]
+def name(request: Any) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def critic(name: str) -> str:
+    """What an algorithm calls its critic."""
+    return SMALL[name][1]
+
+
+@pytest.fixture
+def make(name: str) -> Any:
+    cls, _, arguments = SMALL[name]
 
     def make(**network: Any) -> Any:
         return cls("MlpPolicy", "Pendulum-v1", seed=0, policy_kwargs={"net_arch": [8], **network}, **arguments)
 
-    make.critic = critic  # type: ignore[attr-defined]
     return make
 
 
@@ -69,8 +79,8 @@ def test_a_class_that_does_not_tell_its_features_is_asked(make: Any) -> None:
     assert all(body.features_dim == 12 for body in bodies(model, Twice))
 
 
-def test_actor_and_critic_may_have_bodies_of_their_own(make: Any) -> None:
-    model = make(features_extractor_class={"pi": Twice, make.critic: FlattenExtractor}).learn(40)
+def test_actor_and_critic_may_have_bodies_of_their_own(make: Any, critic: str) -> None:
+    model = make(features_extractor_class={"pi": Twice, critic: FlattenExtractor}).learn(40)
     if isinstance(model, A2C):
         assert isinstance(model.policy.features_extractor, Twice)
         assert isinstance(model.policy.vf_features_extractor, FlattenExtractor)
@@ -78,7 +88,7 @@ def test_actor_and_critic_may_have_bodies_of_their_own(make: Any) -> None:
     else:
         assert isinstance(model.actor_target.features_extractor, Twice)
         assert isinstance(model.critic_target.features_extractor, FlattenExtractor)
-    with pytest.raises(ValueError, match=rf"features_extractor_class has no body for '{make.critic}' among \['pi'\]"):
+    with pytest.raises(ValueError, match=rf"features_extractor_class has no body for '{critic}' among \['pi'\]"):
         make(features_extractor_class={"pi": Twice})
 
 

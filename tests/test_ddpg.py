@@ -396,12 +396,12 @@ def test_as_many_gradient_steps_as_stable_baselines3(cls, train_freq, gradient_s
     assert model.n_updates > 0 or gradient_steps == 0
 
 
-def test_learning_every_second_episode_of_several_environments(cls):
+def test_learning_every_second_episode_of_several_environments(cls, monkeypatch):
     """Episodes of 3 and 5 steps end at steps 3, 5 | 6, 9 | 10, 12 | 15 and 15."""
     envs = [lambda: Cycle(3), lambda: Cycle(5, truncates=True)]
     model = cls("MlpPolicy", envs, learning_starts=0, train_freq=(2, "episode"), seed=0, **SMALL)
     trained, train = [], model.train
-    model.train = lambda n: (trained.append((model.num_timesteps // 2, n)), train(n))  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "train", lambda n: (trained.append((model.num_timesteps // 2, n)), train(n)))
     model.learn(32)
     assert trained == [(5, 10), (9, 8), (12, 6), (15, 6)]
     assert model.n_updates == 30
@@ -443,7 +443,7 @@ def test_what_is_stored_is_what_happened(cls):
     assert native == pytest.approx(-1 + 2 * batch.action.numpy(), abs=1e-6)
 
 
-def test_noise_begins_anew_where_an_episode_ends_and_only_there(cls):
+def test_noise_begins_anew_where_an_episode_ends_and_only_there(cls, monkeypatch):
     envs = [lambda: Cycle(3), lambda: Cycle(5, truncates=True)]
     noise = OrnsteinUhlenbeckActionNoise(0.0, 0.2)
     model = cls("MlpPolicy", envs, learning_starts=4, action_noise=noise, seed=0, **SMALL)
@@ -460,12 +460,13 @@ def test_noise_begins_anew_where_an_episode_ends_and_only_there(cls):
 
     # New episodes, new noise: also at the start of another run.
     assert model.action_noise.get_state()["state"].any()
-    at_start = []
-    explore = model._explore
-    model._explore = lambda obs: (  # type: ignore[method-assign]
-        at_start.append(model.action_noise.get_state()["state"].copy()),
-        explore(obs),
-    )[1]
+    at_start, explore = [], model._explore
+
+    def spy(obs):
+        at_start.append(model.action_noise.get_state()["state"].copy())
+        return explore(obs)
+
+    monkeypatch.setattr(model, "_explore", spy)
     model.learn(2)
     assert not at_start[0].any()
 

@@ -68,7 +68,7 @@ SPACES: dict[str, tuple[spaces.Space[Any], int, float]] = {
 
 def mean_return(model: Any, space: spaces.Space[Any]) -> float:
     mean, _ = evaluate_policy(model, lambda: Echo(space), n_eval_episodes=20, seed=1000)
-    return float(mean)  # type: ignore[arg-type]
+    return mean
 
 
 @pytest.mark.parametrize("name", SPACES)

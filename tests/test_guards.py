@@ -87,7 +87,12 @@ def test_schedules_are_checked_at_both_ends() -> None:
     require_number("gamma", LinearSchedule(0.0, 1.0), minimum=0, maximum=1)
     require_number("gamma", lambda progress: np.float32(progress), minimum=0, maximum=1)
     asked: list[float] = []
-    require_number("gamma", lambda progress: asked.append(progress) or 0.5, maximum=1)  # type: ignore[func-returns-value]
+
+    def schedule(progress: float) -> float:
+        asked.append(progress)
+        return 0.5
+
+    require_number("gamma", schedule, maximum=1)
     assert sorted(asked) == [0, 1]
     with pytest.raises(
         ValueError,

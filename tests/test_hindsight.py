@@ -565,10 +565,10 @@ def success_rate(model: BaseAlgorithm, env: Any, n_episodes: int = 100) -> float
     return successes / n_episodes
 
 
-def test_the_success_rate_is_logged() -> None:
+def test_the_success_rate_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = learner(DDPG, HerReplayBuffer, seed=0)
-    rows = []
-    model.logger.dump = lambda step: rows.append(dict(model.logger.name_to_value))  # type: ignore[method-assign]
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(model.logger, "dump", lambda step: rows.append(dict(model.logger.name_to_value)))
     model.learn(550)
     assert [row["rollout/success_rate"] for row in rows if "rollout/success_rate" in row][-1] == np.mean(
         model.ep_success_buffer

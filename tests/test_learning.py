@@ -68,7 +68,7 @@ class ContinuousEcho(gymnasium.Env[Any, Any]):
 
 def mean_return(model: Any, env: Any, n_eval_episodes: int = 20) -> float:
     mean, _ = evaluate_policy(model, [env], n_eval_episodes=n_eval_episodes, seed=1000)
-    return float(mean)  # type: ignore[arg-type]
+    return mean
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -89,8 +89,18 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.fixture(params=SMALL)
-def make(request: Any) -> Any:
-    cls, arguments = SMALL[request.param]
+def name(request: Any) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def cls(name: str) -> Any:
+    return SMALL[name][0]
+
+
+@pytest.fixture
+def make(name: str) -> Any:
+    cls, arguments = SMALL[name]
 
     def make(env: Any = Numbers, **overrides: Any) -> Any:
         network = {"net_arch": [8]}
@@ -98,7 +108,6 @@ def make(request: Any) -> Any:
             "auto", env, **{"seed": 0, "policy_kwargs": network, "normalize_obs": True, **arguments, **overrides}
         )
 
-    make.cls = cls  # type: ignore[attr-defined]
     return make
 
 
@@ -299,12 +308,12 @@ def test_predictions_and_evaluations_leave_the_statistics_alone(make: Any) -> No
     np.testing.assert_array_equal(model.predict(obs)[0], first)
 
 
-def test_the_file_alone_is_enough(make: Any, tmp_path: Any) -> None:
+def test_the_file_alone_is_enough(make: Any, cls: Any, tmp_path: Any) -> None:
     model = make(normalize_reward=True).learn(60)
     model.save(tmp_path / "model")
     obs = np.random.default_rng(0).normal(100, 5, (20, 3)).astype(np.float32)
-    np.testing.assert_array_equal(make.cls.load(tmp_path / "model").predict(obs)[0], model.predict(obs)[0])
-    if make.cls is not A2C:
+    np.testing.assert_array_equal(cls.load(tmp_path / "model").predict(obs)[0], model.predict(obs)[0])
+    if cls is not A2C:
         return
     np.save(tmp_path / "obs.npy", obs)
     code = (
@@ -359,7 +368,7 @@ def test_the_same_seed_gives_the_same_statistics_and_weights(make: Any) -> None:
     assert not torch.equal(next(plain.policy.parameters()), next(one.policy.parameters()))
 
 
-def test_an_interrupted_run_goes_on_exactly(make: Any, tmp_path: Any) -> None:
+def test_an_interrupted_run_goes_on_exactly(make: Any, cls: Any, tmp_path: Any) -> None:
     def whole() -> Any:
         return make(normalize_reward=True, n_envs=2)
 
@@ -367,14 +376,14 @@ def test_an_interrupted_run_goes_on_exactly(make: Any, tmp_path: Any) -> None:
     cut = whole()
     cut.learn(80, callback=lambda locals_, _: locals_["self"].num_timesteps < 46)
     cut.save(tmp_path / "cut", full=True)
-    loaded = make.cls.load(tmp_path / "cut", env=Numbers)
+    loaded = cls.load(tmp_path / "cut", env=Numbers)
     loaded.learn(80 - loaded.num_timesteps, reset_num_timesteps=False)
     state = uninterrupted.policy.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.policy.state_dict().items())
 
 
-def test_replay_holds_what_the_environment_sent(make: Any) -> None:
-    if make.cls is A2C:
+def test_replay_holds_what_the_environment_sent(make: Any, cls: Any) -> None:
+    if cls is A2C:
         rollout = make(normalize_reward=True)
         rollout.learn(8, callback=lambda locals_, _: locals_["self"].num_timesteps < 3)
         assert rollout.rollout_buffer.get().obs[:, 0].mean() > 50

@@ -321,7 +321,7 @@ def test_networks_of_ones_own_are_asked_themselves() -> None:
     model = DDPG("MlpPolicy", "Pendulum-v1", learning_starts=20, policy_kwargs=kwargs, seed=0)
     own: Any = type(model.actor)
 
-    class Halved(own):  # type: ignore[misc]
+    class Halved(own):
         def forward(self, obs: Tensor) -> Tensor:
             return super().forward(obs) / 2
 

@@ -94,7 +94,7 @@ def test_a_memory_task_is_solved_with_an_lstm_and_not_without(seed: int) -> None
         )
         model.learn(32_000)
         mean, _ = evaluate_policy(model, Cue, n_eval_episodes=100, seed=1000)
-        return float(mean)  # type: ignore[arg-type]
+        return mean
 
     assert learn("MlpLstmPolicy", lstm_hidden_size=32) == 1
     assert learn("MlpPolicy", net_arch=[32]) < 0.65  # by chance 0.5, with a standard error of 0.05

@@ -152,7 +152,7 @@ def test_what_cannot_be_put_back_is_said(kind: str, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(tape_module, "LIMIT", 10)
 
     class Ungenerated(Random):
-        np_random = None  # type: ignore[assignment]
+        np_random: Any = None
 
         def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
             return np.zeros(1), {}

@@ -189,7 +189,9 @@ def test_noise_comes_back(noise, tmp_path):
 
 
 def test_a_subclass_is_saved_with_its_own_arguments(make_model, tmp_path):
-    class Own(make_model.cls):  # type: ignore[misc, name-defined]
+    base: Any = make_model.cls
+
+    class Own(base):
         def __init__(self, *args: Any, extra: int = 3, **kwargs: Any) -> None:
             self.extra = extra
             super().__init__(*args, **kwargs)

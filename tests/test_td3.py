@@ -410,7 +410,9 @@ def test_names_of_what_is_logged(cls: Any, tmp_path: Path) -> None:
     assert (float(row["train/actor_learning_rate"]), float(row["train/critic_learning_rate"])) == (1e-4, 0)
 
 
-def test_means_of_what_is_logged_are_over_the_updates_that_had_it(tmp_path: Path) -> None:
+def test_means_of_what_is_logged_are_over_the_updates_that_had_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The actor's loss is the mean over its own updates, not over all."""
     model = TD3("MlpPolicy", lambda: Cycle(6), learning_starts=8, policy_delay=3, seed=0, **SMALL)
     model.set_logger(configure(str(tmp_path), ["csv"]))
@@ -421,7 +423,7 @@ def test_means_of_what_is_logged_are_over_the_updates_that_had_it(tmp_path: Path
         losses.append({name: float(value.detach().mean()) for name, value in numbers.items()})
         return numbers
 
-    model._update = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "_update", spy)
     model.learn(50, log_interval=100)
     row = logged(tmp_path)[-1]
     assert len(losses) == 42
@@ -465,7 +467,7 @@ def test_schedules_are_asked_at_each_update(cls: Any) -> None:
     assert all(tau == pytest.approx(0.1 - 0.1 * steps / 40) for steps, tau in taus)
 
 
-def test_schedules_of_the_noise_on_target_actions() -> None:
+def test_schedules_of_the_noise_on_target_actions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target actor of zeros that never moves: the target action is the noise."""
     model = TD3(
         "MlpPolicy",
@@ -484,7 +486,7 @@ def test_schedules_of_the_noise_on_target_actions() -> None:
         seen.append((model.num_timesteps / 40, action.unique().tolist()))
         return forward(obs, action)
 
-    model.critic_target.forward = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(model.critic_target, "forward", spy)
     with mock.patch.object(torch, "randn", torch.ones):
         model.learn(40)
     assert len(seen) == 32

@@ -52,15 +52,21 @@ class Net(Trainable):
         return self.layers(x)
 
 
-def transports(n_workers: int, start: Net) -> tuple[SharedMemory, list[SharedMemoryTransport]]:
+class Worker(SharedMemoryTransport):
+    """A worker's end, and the parent's."""
+
+    parent: socket.socket
+
+
+def transports(n_workers: int, start: Net) -> tuple[SharedMemory, list[Worker]]:
     """Workers of one process, over the weights of `start`."""
     memory = SharedMemory.holding(start.state_tensors(), n_workers, first_step=0)
     memory.rows[:, TURN] = FREELY
     made = []
     for rank in range(n_workers):
         ours, theirs = socket.socketpair()
-        transport = SharedMemoryTransport(memory, rank, theirs)
-        transport.parent = ours  # type: ignore[attr-defined]
+        transport = Worker(memory, rank, theirs)
+        transport.parent = ours
         theta = Net(seed=100 + rank)
         transport.hold(theta, dict)
         made.append(transport)
