@@ -291,6 +291,9 @@ def _backward_arrays(
     return gradient
 
 
+_relu_backward, _tanh_backward = torch.ops.aten.threshold_backward.default, torch.ops.aten.tanh_backward.default
+
+
 def _backward(
     layers: Sequence[_Layer],
     kept: Sequence[Tensor],
@@ -302,9 +305,9 @@ def _backward(
     for k in range(len(layers) - 1, -1, -1):
         layer, below, above = layers[k], kept[k], kept[k + 1]
         if layer.activation == "relu":
-            gradient = torch.ops.aten.threshold_backward(gradient, above, 0)
+            gradient = _relu_backward(gradient, above, 0)
         elif layer.activation == "tanh":
-            gradient = torch.ops.aten.tanh_backward(gradient, above)
+            gradient = _tanh_backward(gradient, above)
         weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
         if weight is not None:
             weight.tensor.addmm_(gradient.t(), below)

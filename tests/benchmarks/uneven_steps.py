@@ -1,7 +1,8 @@
 """A3C and A2C where an environment's steps take uneven time: equal steps, and equal seconds.
 
 CartPole-v1 whose every step sleeps for 0 to 20 ms, drawn anew each time, as a simulator, a game or a robot may. Eight
-environments in eight processes for both: A2C waits for the slowest of them at each step, A3C for none.
+environments in eight processes for both: A2C waits for the slowest of them at each step, A3C for none. A2C
+learns from 5 steps of all of them at a time, A3C from 20 of one.
 
     python -m tests.benchmarks.uneven_steps            # trains; writes docs/results/uneven_steps.csv
     python -m tests.benchmarks.uneven_steps --plot     # draws docs/results/uneven_steps.svg from it
@@ -26,7 +27,7 @@ from sbac.callbacks import BaseCallback
 HERE = Path(__file__).parents[2] / "docs/results"
 SECONDS = 0.02
 N, STEPS, SEEDS = 8, 40_000, (0, 1, 2)
-COMMON = {"learning_rate": 7e-4, "n_steps": 5, "ent_coef": 0.01}
+COMMON = {"learning_rate": 7e-4, "ent_coef": 0.01}
 
 
 class Uneven(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -69,10 +70,10 @@ def train() -> None:
     rows = []
     for seed in SEEDS:
         a3c = Curve("A3C", seed)
-        A3C("MlpPolicy", make, n_workers=N, seed=seed, **COMMON).learn(STEPS, callback=a3c)
+        A3C("MlpPolicy", make, n_workers=N, n_steps=20, seed=seed, **COMMON).learn(STEPS, callback=a3c)
         a2c = Curve("A2C", seed)
         env = AsyncVectorEnv([make] * N, context="spawn", autoreset_mode=AutoresetMode.SAME_STEP)
-        with A2C("MlpPolicy", env, seed=seed, **COMMON) as model:
+        with A2C("MlpPolicy", env, n_steps=5, seed=seed, **COMMON) as model:
             model.learn(STEPS, callback=a2c)
         rows += a3c.rows + a2c.rows
         HERE.mkdir(exist_ok=True)
