@@ -183,7 +183,7 @@ def a2c_synchronisation() -> Picture:
         x += max(row[step] for row in lengths) + 42
     for row, own in enumerate(lengths):
         y = 216 + 36 * row
-        p.text(100, y + 13, f"environment {row + 1}", "small right")
+        p.text(100, y + 13, f"env {row + 1}", "small right")
         for start, length, longest in zip(starts, own, map(max, zip(*lengths, strict=True)), strict=True):
             p.box(start, y, length, 26, "actor", "")
             if length < longest:
