@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 IMAGES = Path(__file__).parent / "images"
 
@@ -181,7 +183,7 @@ def a2c_synchronisation() -> Picture:
         x += max(row[step] for row in lengths) + 42
     for row, own in enumerate(lengths):
         y = 216 + 36 * row
-        p.text(100, y + 13, f"environment {row + 1}", "small right")
+        p.text(100, y + 13, f"env {row + 1}", "small right")
         for start, length, longest in zip(starts, own, map(max, zip(*lengths, strict=True)), strict=True):
             p.box(start, y, length, 26, "actor", "")
             if length < longest:
@@ -252,6 +254,51 @@ def lambda_return() -> Picture:
     p.text(505, 229, "⋮")
     p.line((30, 324), (690, 324), style="faint")
     p.text(360, 350, "their sum is the λ-return of the first state", "title")
+    return p
+
+
+def n_step_reach() -> Picture:
+    """How far back one update carries a reward at the end of an episode, for n of 1, 3 and all."""
+    p = Picture(720, 290, "A reward at the end: one update with n = 1 reaches one state, n = 3 three, Monte Carlo all")
+    n_states, left, side, gap = 8, 190, 44, 12
+    p.text(left + 4 * (side + gap), 30, "which states hear of the reward in one update", "title")
+    for row, (n, name) in enumerate(((1, "n = 1"), (3, "n = 3"), (n_states, "n = ∞: Monte Carlo"))):
+        y = 58 + 72 * row
+        p.text(left - 20, y + side / 2, name, "right")
+        for state in range(n_states):
+            x = left + state * (side + gap)
+            hears = state >= n_states - n
+            p.box(x, y, side, side, "critic" if hears else "plain", f"s{'₁₂₃₄₅₆₇₈'[state]}")
+            p.line((x + side, y + side / 2), (x + side + gap, y + side / 2))
+        p.box(left + n_states * (side + gap), y, 56, side, "world", "+1")
+    p.bar(left, 276, 16, 14, "critic")
+    p.text(left + 26, 269, "its target contains the reward", "small left")
+    return p
+
+
+def hindsight() -> Picture:
+    """A path that missed its goal, and the same path with a goal that it did reach."""
+    p = Picture(720, 320, "An episode that missed its goal g becomes a success for the goal g' that it reached")
+    path = [(40.0, 236.0), (84, 196), (132, 206), (172, 160), (220, 172), (262, 130)]
+    for shift, title in ((0, "as it happened: the goal was g"), (370, "in hindsight: had g′ been the goal")):
+        p.text(shift + 160, 32, title, "title")
+        points = [(x + shift, y) for x, y in path]
+        for step, (start, end) in enumerate(pairwise(points)):
+            near = 1 - 8 / ((end[0] - start[0]) ** 2 + (end[1] - start[1]) ** 2) ** 0.5
+            p.arrow(start, (start[0] + near * (end[0] - start[0]), start[1] + near * (end[1] - start[1])))
+            reward = "0" if shift and step == len(path) - 2 else "−1"
+            p.text((start[0] + end[0]) / 2 + 8, (start[1] + end[1]) / 2 + 22, reward, "small")
+        for x, y in points[:-1]:
+            p.dot(x, y, "plain", 6)
+        p.dot(*points[-1], "world" if shift else "plain", 10 if shift else 6)
+        p.dot(shift + 250, 250, "plain copy" if shift else "critic", 10)
+        p.text(shift + 276, 250, "g")
+        if shift:
+            p.text(shift + 290, 130, "g′")
+        p.text(shift + 40, 258, "s₀", "small")
+    p.line((350, 24), (350, 290), style="faint")
+    p.text(160, 294, "every reward is −1: nothing to learn from", "small")
+    p.text(530, 294, "the last step is rewarded, and the path to it counts", "small")
     return p
 
 
@@ -338,6 +385,71 @@ def ddpg_critic() -> Picture:
     return p
 
 
+def td3_target() -> Picture:
+    """TD3's three ideas where they act in the networks."""
+    p = Picture(720, 420, "TD3: a smoothed target action, the smaller of two target critics, an actor that waits")
+    p.box(24, 50, 130, 64, "actor copy", "Target actor", "μ′(s′)")
+    p.box(200, 50, 176, 64, "plain", "+ clipped noise", "then clipped to [−1, 1]")
+    p.text(288, 32, "3. smoothing", "small")
+    p.box(428, 20, 150, 56, "critic copy", "Target critic 1", "Q′₁(s′, ã)")
+    p.box(428, 94, 150, 56, "critic copy", "Target critic 2", "Q′₂(s′, ã)")
+    p.box(624, 54, 72, 60, "plain", "min")
+    p.text(660, 38, "1. twins", "small")
+    p.arrow((154, 82), (200, 82), label="a′", at=(174, 69))
+    p.line((376, 82), (404, 82), (404, 48))
+    p.arrow((404, 48), (428, 48))
+    p.line((404, 82), (404, 122))
+    p.arrow((404, 122), (428, 122))
+    p.text(390, 69, "ã", "small")
+    p.line((578, 48), (602, 48), (602, 74))
+    p.arrow((602, 74), (624, 74))
+    p.line((578, 122), (602, 122), (602, 94))
+    p.arrow((602, 94), (624, 94))
+    p.box(428, 196, 268, 56, "plain", "Target for both critics", "y = r + γ (1 − d) min(Q′₁, Q′₂)")
+    p.arrow((660, 114), (660, 196))
+    p.box(428, 304, 124, 64, "critic", "Critic 1", "Q₁(s, a)")
+    p.box(572, 304, 124, 64, "critic", "Critic 2", "Q₂(s, a)")
+    p.arrow((490, 252), (490, 304), label="learn", at=(516, 278))
+    p.arrow((634, 252), (634, 304), label="learn", at=(660, 278))
+    p.text(562, 388, "in every update, from the same batch", "small")
+    p.box(24, 304, 130, 64, "actor", "Actor", "μ(s)")
+    p.arrow((428, 336), (154, 336), label="uphill in a, by critic 1 only", at=(291, 322))
+    p.text(291, 356, "2. delay: in every second update", "small")
+    p.arrow((89, 304), (89, 114), style="copy")
+    p.text(100, 200, "τ: follows slowly, when the actor learns;", "small left")
+    p.text(100, 220, "so do the target critics follow the critics", "small left")
+    return p
+
+
+def noises() -> Picture:
+    """A path of Gaussian noise, and one of Ornstein-Uhlenbeck noise with the same deviation."""
+    p = Picture(720, 380, "Gaussian noise jumps at each step; Ornstein-Uhlenbeck noise keeps its side for some steps")
+    random, theta, sigma, steps = Random(18), 0.15, 0.2, 100
+    deviation = sigma / (1 - (1 - theta) ** 2) ** 0.5
+    wandering = [0.0]
+    for _ in range(steps):
+        wandering.append((1 - theta) * wandering[-1] + sigma * random.gauss())
+    jumping = [deviation * random.gauss() for _ in range(steps + 1)]
+    rows = (
+        (jumping, "actor", f"Gaussian, deviation {deviation:.2f}"),
+        (
+            wandering,
+            "critic",
+            f"Ornstein-Uhlenbeck, θ = {theta:g}, σ = {sigma:g}, Δt = 1, in the long run as wide",
+        ),
+    )
+    for row, (path, kind, title) in enumerate(rows):
+        zero = 108 + 166 * row
+        p.text(70, zero - 74, title, "title left")
+        for value in (-1, 0, 1):
+            p.line((70, zero - 54 * value), (690, zero - 54 * value), style="faint")
+            p.text(60, zero - 54 * value, f"{value}".replace("-", "−"), "small right")
+        points = [(70 + 620 * k / steps, zero - 54 * value) for k, value in enumerate(path)]
+        p.line(*points, style=f"curve curve-{kind}")
+    p.text(380, 356, "100 steps", "small")
+    return p
+
+
 def soft_updates() -> Picture:
     """A weight, its hard target and its soft target."""
     p = Picture(
@@ -391,6 +503,10 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "ddpg-actor.svg": ddpg_actor,
     "ddpg-critic.svg": ddpg_critic,
     "soft-updates.svg": soft_updates,
+    "n-step-reach.svg": n_step_reach,
+    "hindsight.svg": hindsight,
+    "td3-target.svg": td3_target,
+    "noises.svg": noises,
 }
 
 

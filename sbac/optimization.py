@@ -131,7 +131,7 @@ class RMSpropTFLike(torch.optim.Optimizer):
     """RMSprop with epsilon inside the square root and squared gradients that start at 1, as in TensorFlow.
 
     v <- alpha v + (1 - alpha) g^2, theta <- theta - lr g / sqrt(v + eps), with v_0 = 1. Mnih et al. 2016,
-    arXiv:1602.01783, section 4, equations S2 and S3, has epsilon in the same place; `torch.optim.RMSprop` adds it to
+    arXiv:1602.01783, section 4, "Optimization", has epsilon in the same place; `torch.optim.RMSprop` adds it to
     the root and starts at 0, which makes its first steps much larger.
 
     Args:
