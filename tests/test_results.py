@@ -78,6 +78,21 @@ def test_it_trains_resumes_and_skips(here: Path, monkeypatch: pytest.MonkeyPatch
     assert Path("manual/results.md").read_text(encoding="utf-8") == page
 
 
+def test_a_folder_of_another_recipe_is_not_gone_on_with(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = here / "runs/results/a2c_CartPole-v1_1"
+    folder.mkdir(parents=True)
+    folder.with_name("a2c_CartPole-v1_1.arguments").write_text('{"n_envs": 3}', encoding="utf-8")
+    assert run.main(["a2c/CartPole-v1", "--jobs", "1", "--rows", "rows.toml", "--out", "manual/results"]) == 1
+    assert "a2c_CartPole-v1_1 was begun with other arguments; remove it to train anew" in capsys.readouterr().out
+    with Path("manual/results/a2c_CartPole-v1.csv").open(encoding="utf-8", newline="") as file:
+        assert [line["seed"] for line in csv.DictReader(file)] == ["0"]
+
+
+def test_two_runners_do_not_work_in_one_folder(here: Path) -> None:
+    with run.alone_in(here / "runs/results"), pytest.raises(SystemExit, match="another runner works in"):
+        run.main(["a2c/CartPole-v1", "--rows", "rows.toml", "--out", "manual/results"])
+
+
 def test_a_run_that_fails_is_told_and_the_others_go_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = '[[row]]\nalgorithm = "a2c"\nenvironment = "NoSuchEnvironment-v0"\nsteps = 5\nseeds = [0]\n'
     Path("rows.toml").write_text(broken, encoding="utf-8")

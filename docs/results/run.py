@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import json
 import os
 import platform
@@ -190,6 +191,12 @@ class Runner:
             log = folder.with_name(f"{folder.name}.log")
             log.parent.mkdir(parents=True, exist_ok=True)
             say = f"{row.name}, seed {seed}"
+            # A folder goes on with the arguments that it was begun with.
+            recipe = folder.with_name(f"{folder.name}.arguments")
+            if folder.exists() and recipe.exists() and recipe.read_text(encoding="utf-8") != row.arguments:
+                print(f"{say}: {folder} was begun with other arguments; remove it to train anew", flush=True)
+                return False
+            recipe.write_text(row.arguments, encoding="utf-8")
             if trained_steps(folder) < row.steps:
                 begun = (folder / "config.json").exists()
                 print(f"{say}: {'goes on' if begun else 'begins'}; its output: {log}", flush=True)
@@ -272,6 +279,22 @@ class Runner:
             temporary.replace(path)
 
 
+@contextmanager
+def alone_in(runs: Path) -> Iterator[None]:
+    """Keep other runners out of a folder of trainings.
+
+    Raises:
+        SystemExit: One is at work there.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / "runner.lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"another runner works in {runs}: wait for it, or give this one another --runs") from None
+        yield
+
+
 def trained_steps(folder: Path) -> int:
     """How far the model in a run's folder has come."""
     with suppress(FileNotFoundError, sbac.ArchiveError):
@@ -337,7 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures = 0
     try:
         if not options.table:
-            failures = Runner(options.runs, options.out, options.jobs).run(chosen)
+            with alone_in(options.runs):
+                failures = Runner(options.runs, options.out, options.jobs).run(chosen)
     except KeyboardInterrupt:
         failures = 1
     finally:
