@@ -80,6 +80,9 @@ class NatureCNN(BaseFeaturesExtractor):
 
     def forward(self, obs: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, features_dim)."""
+        if torch.is_grad_enabled() and obs.device.type == "cpu":
+            # There and back, convolutions take a quarter less time where a pixel's channels lie side by side.
+            obs = obs.contiguous(memory_format=torch.channels_last)
         return self.linear(self.cnn(obs))
 
 
