@@ -1,4 +1,7 @@
-"""Settings of the manual. Build it with ``python -m sphinx docs docs/_build/html``; it needs no network."""
+"""Settings of the manual. Build it with ``python -m sphinx docs docs/_build/html``; that needs no network.
+
+A browser fetches MathJax, to draw the equations.
+"""
 
 import re
 import sys
