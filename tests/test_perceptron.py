@@ -17,8 +17,10 @@ from sbac import A2C, DDPG, TD3
 from sbac.buffers import RolloutBatch
 from sbac.deterministic import DeterministicActorCritic
 from sbac.envs import Spaces
+from sbac.normalization import Normalizer
 from sbac.perceptron import FEW, Gradient, Perceptron
 from sbac.policies import StochasticActorCritic
+from sbac.preprocessing import Preprocessor
 
 CPU = torch.device("cpu")
 
@@ -331,6 +333,28 @@ def test_networks_of_ones_own_are_asked_themselves() -> None:
     obs = torch.randn(5, 3)
     assert torch.equal(model.actor.evaluate(obs)[0], model.actor(obs).detach())
     np.testing.assert_allclose(model.predict(one)[0], whole / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [A2C, TD3])
+@pytest.mark.parametrize("later", ["a preprocessor of one's own", "a normaliser"])
+def test_what_is_put_in_front_later_is_not_left_out(cls: Any, later: str) -> None:
+    class Tenfold(Preprocessor):
+        def forward(self, obs: Tensor) -> Tensor:
+            return super().forward(obs) * 10
+
+    box = spaces.Box(-5, 5, (3,), np.float32)
+    model = cls("MlpPolicy", Spaces(box, spaces.Box(-1, 1, (2,), np.float32), 2), seed=0)
+    policy = model.policy
+    obs = np.float32([[0.1, 0.2, 0.3], [0.3, -0.1, 0.2]])
+    expected = policy.act(10 * obs, deterministic=True)
+    if later == "a normaliser":
+        policy.preprocessor.normalizer = Normalizer(box, obs=True, reward=False)
+        policy.preprocessor.normalizer.scale.fill_(10)
+    else:
+        policy.preprocessor = Tenfold(box)
+        for network in (policy.actor, policy.critic) if cls is TD3 else ():
+            object.__setattr__(network, "preprocessor", policy.preprocessor)
+    np.testing.assert_allclose(policy.act(obs, deterministic=True), expected, rtol=1e-5)
 
 
 def test_a_gradient_that_was_given_other_memory_is_noticed() -> None:
