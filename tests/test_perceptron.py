@@ -357,6 +357,34 @@ def test_what_is_put_in_front_later_is_not_left_out(cls: Any, later: str) -> Non
     np.testing.assert_allclose(policy.act(obs, deterministic=True), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [A2C, TD3])
+@pytest.mark.parametrize("how", ["load_state_dict(assign=True)", "layers"])
+def test_what_takes_the_place_of_parameters_learns(cls: Any, how: str) -> None:
+    kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "seed": 0}
+    if cls is TD3:
+        kwargs |= {"learning_starts": 10, "batch_size": 4}
+    model, same = (cls("MlpPolicy", "Pendulum-v1", **kwargs).learn(15) for _ in range(2))
+    policy = model.policy
+    if how == "layers":
+        for part in (policy, policy.value_net) if cls is A2C else (policy.actor.mu, policy.critic.q_networks[0].q_net):
+            for name, layer in part.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, copy.deepcopy(layer))
+    else:
+        policy.load_state_dict({name: values.clone() for name, values in policy.state_dict().items()}, assign=True)
+    for one in (model, same):
+        one.learn(15, reset_num_timesteps=False)
+    for own, other in zip(policy.parameters(), same.policy.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_parameters_of_other_shapes_say_that_they_cannot_learn() -> None:
+    model = A2C("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, seed=0)
+    nn.utils.parametrizations.weight_norm(model.policy.action_net)
+    with pytest.raises(ValueError, match=r"StochasticActorCritic: its parameters are others .* cannot learn"):
+        model.learn(10)
+
+
 def test_a_gradient_that_was_given_other_memory_is_noticed() -> None:
     model = A2C("MlpPolicy", Spaces(spaces.Box(-5, 5, (3,), np.float32), spaces.Discrete(3), 2), seed=0)
     batch = rollout(model, 10)
