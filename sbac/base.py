@@ -37,6 +37,7 @@ from sbac.resume import resume_run
 from sbac.saving import Saveable
 from sbac.schedules import FloatOrSchedule, value_at
 from sbac.statistics import EpisodeStatistics
+from sbac.trainable import Trainable
 from sbac.trees import Tree, rows
 
 
@@ -223,6 +224,9 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             self._outputs.resume(name, run.get("folder"))
         self._start_log(name, is_new_run, interval)
 
+        for part in self.policy.modules():
+            if isinstance(part, Trainable):
+                part.take_replaced()
         self._callback = prepared
         self._deferred.clear()
         prepared.init_callback(self)

@@ -172,6 +172,8 @@ class Normalizer(nn.Module):
             self.running_return = self.running_return * gamma + step.reward
             columns.append(self.running_return[valid, None])
             self.running_return = np.where(step.terminated | step.truncated | ~step.valid, 0.0, self.running_return)
+        if not columns:  # all are images or one-hot
+            return
         seen = moments_of(np.concatenate(columns, axis=1))
         self.add(seen)
         self.delta = merge(self.delta, seen)

@@ -92,7 +92,7 @@ class Perceptron:
     def _is_plain(self) -> bool:
         """Whether all parts are what is written out here, as they lie in memory now."""
         if not self._found.is_still_so(self._owner._modules):
-            # Somebody replaced a module, or gave a parameter other memory.
+            # Somebody replaced a module or a parameter, or gave one other memory.
             self._found = _look([(name, self._owner._modules[name]) for name in self._names])
         found = self._found
         return bool(found.layers) and not (any(found.hooks) or found.has_own_forward() or _is_watched())
@@ -113,6 +113,7 @@ class _Found(NamedTuple):
     ] = ()  # of each `nn.Sequential`: its modules, then and now
     holders: Sequence[Mapping[str, Any]] = ()  # of parameters, by name
     parameters: Sequence[Any] = ()
+    ids: Sequence[int] = ()
     addresses: Sequence[int] = ()
     hooks: Sequence[Mapping[int, Any]] = ()  # of all modules; empty where nobody hooked into them
     attributes: Sequence[Mapping[str, Any]] = ()  # of all modules
@@ -125,8 +126,10 @@ class _Found(NamedTuple):
         for inside, then in self.insides:
             if list(inside.values()) != then:
                 return False
-        addresses = [p.data_ptr() for holder in self.holders for p in holder.values() if p is not None]
-        return bool(self.parts) and addresses == self.addresses
+        parameters = [p for holder in self.holders for p in holder.values() if p is not None]
+        if [*map(id, parameters)] != self.ids:  # others may lie in the same memory
+            return False
+        return bool(self.parts) and [p.data_ptr() for p in parameters] == self.addresses
 
     def has_own_forward(self) -> bool:
         """Whether somebody gave one of the modules another `forward`."""
@@ -148,6 +151,7 @@ def _look(parts: Sequence[tuple[str, Any]]) -> _Found:
         [(part._modules, list(part._modules.values())) for _, part in parts if type(part) is nn.Sequential],
         holders,
         parameters,
+        [*map(id, parameters)],
         [parameter.data_ptr() for parameter in parameters],
         [hooks for module in modules for hooks in _hooks(module)],
         [module.__dict__ for module in modules],

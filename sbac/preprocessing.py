@@ -82,7 +82,6 @@ class Preprocessor(nn.Module):
     Attributes:
         space: Of one observation as the bodies get it: that of the environment, but for images, whose channels come
             first.
-        is_identity: Whether nothing happens to observations, but that they become float32.
     """
 
     def __init__(
@@ -104,8 +103,12 @@ class Preprocessor(nn.Module):
         self._turns = tree_map(turns, space_tree(observation_space))
         self._turns_any = any(turn for _, turn in leaves(self._turns))
         self.space = _turned(observation_space, self._turns)
-        is_vector = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 1
-        self.is_identity = is_vector and normalizer is None
+        self._is_of_vectors = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 1
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing happens to observations, but that they become float32."""
+        return self._is_of_vectors and self.normalizer is None and type(self) is Preprocessor
 
     def forward(self, obs: Tree) -> Tree:
         """Tensors (B, *obs_shape) as they are kept -> float32 (B, *shape of `space`), or one-hot."""

@@ -14,9 +14,10 @@ from sbac.adapters import Step
 from sbac.bodies import Body, NetArch, image_extractor
 from sbac.buffers import RolloutBatch
 from sbac.guards import require_whole
+from sbac.observations import split_mask
 from sbac.policies import Evaluation, StochasticActorCritic
 from sbac.preprocessing import obs_to_tensor
-from sbac.trees import Tree
+from sbac.trees import Tree, batch_size
 
 Memory = tuple[Tensor, Tensor]
 """What the LSTM puts out, h, and what it holds, c: (n, lstm_hidden_size) each."""
@@ -152,7 +153,14 @@ class RecurrentActorCritic(StochasticActorCritic):
         """Actions, and the state to pass with the next observations: h and c as arrays, (n, lstm_hidden_size) each."""
         memory = None
         if state is not None:
-            memory = self._tensor(state[0]), self._tensor(state[1])
+            shape = (batch_size(split_mask(obs, self.observation_space, 0)[0]), self.lstm_hidden_size)
+            shapes = [np.shape(part) for part in state]
+            if shapes != [shape, shape]:
+                raise ValueError(
+                    f"predict: state must be h and c of shape {shape}, as predict returns them for so many rows; "
+                    f"it has shapes {shapes}, and None begins anew"
+                )
+            memory = self._tensor(np.float32(state[0])), self._tensor(np.float32(state[1]))
             if episode_start is not None:
                 goes_on = torch.as_tensor(~np.asarray(episode_start, bool).reshape(-1, 1), device=self.device)
                 memory = _where(goes_on, memory)

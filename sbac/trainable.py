@@ -59,8 +59,9 @@ class Trainable(nn.Module):
         Raises:
             ValueError: There is none that requires a gradient, or they are of several dtypes or devices.
         """
-        self._leaves = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self._left_out = [parameter for parameter in self.parameters() if not parameter.requires_grad]
+        self._known = list(self.parameters())
+        self._leaves = [parameter for parameter in self._known if parameter.requires_grad]
+        self._left_out = [parameter for parameter in self._known if not parameter.requires_grad]
         kinds = {(leaf.dtype, leaf.device) for leaf in self._leaves}
         if len(kinds) != 1:
             raise ValueError(
@@ -94,6 +95,28 @@ class Trainable(nn.Module):
 
         flat.copy_(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves]))
         self._bind()
+
+    def take_replaced(self) -> None:
+        """Learn, from now on, those parameters that somebody put in place of others of their shape.
+
+        Whole layers may have been replaced, or parameters by ``load_state_dict(assign=True)``.
+
+        Raises:
+            ValueError: Those that stand there now are of other shapes.
+        """
+        now = list(self.parameters())
+        if {*map(id, self._known)} <= {*map(id, now)}:
+            return
+        if [parameter.shape for parameter in now] != [parameter.shape for parameter in self._known]:
+            raise ValueError(
+                f"{type(self).__name__}: its parameters are others than those that it was made with, and cannot learn: "
+                "change its layers in a policy class of your own, before flatten()"
+            )
+        instead = {id(before): after for before, after in zip(self._known, now, strict=True)}
+        self._leaves = [instead[id(leaf)] for leaf in self._leaves]
+        self._left_out = [instead[id(parameter)] for parameter in self._left_out]
+        self._known = now
+        self._lay()
 
     def _bind(self) -> None:
         """Make the leaves views of `flat`, whose values they take over."""

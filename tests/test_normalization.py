@@ -420,3 +420,19 @@ def test_masks_beside_observations_are_no_numbers_to_normalise() -> None:
     policy.observe(obs, step_of(2), 0.9)
     assert policy.normalizer is not None
     assert policy.normalizer.moments[1].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("make", [A2C, DDPG, TD3])
+@pytest.mark.parametrize("reward", [False, True])
+def test_where_all_is_image_or_one_hot_there_is_nothing_to_normalise(make: Any, reward: bool) -> None:
+    class Seeing(Sensors):
+        observation_space = spaces.Dict({key: TREE[key] for key in ("eye", "place")})
+
+        def _now(self) -> Any:
+            return {key: super(Seeing, self)._now()[key] for key in ("eye", "place")}
+
+    kwargs: dict[str, Any] = {"normalize_obs": True, "normalize_reward": reward, "seed": 0}
+    if make is not A2C:
+        kwargs |= {"learning_starts": 5, "batch_size": 4, "buffer_size": 50}
+    model = make("MultiInputPolicy", Seeing, policy_kwargs={"net_arch": [8]}, **kwargs).learn(15)
+    assert model.policy.normalizer.moments.shape == (3, int(reward))

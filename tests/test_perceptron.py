@@ -17,8 +17,10 @@ from sbac import A2C, DDPG, TD3
 from sbac.buffers import RolloutBatch
 from sbac.deterministic import DeterministicActorCritic
 from sbac.envs import Spaces
+from sbac.normalization import Normalizer
 from sbac.perceptron import FEW, Gradient, Perceptron
 from sbac.policies import StochasticActorCritic
+from sbac.preprocessing import Preprocessor
 
 CPU = torch.device("cpu")
 
@@ -331,6 +333,56 @@ def test_networks_of_ones_own_are_asked_themselves() -> None:
     obs = torch.randn(5, 3)
     assert torch.equal(model.actor.evaluate(obs)[0], model.actor(obs).detach())
     np.testing.assert_allclose(model.predict(one)[0], whole / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [A2C, TD3])
+@pytest.mark.parametrize("later", ["a preprocessor of one's own", "a normaliser"])
+def test_what_is_put_in_front_later_is_not_left_out(cls: Any, later: str) -> None:
+    class Tenfold(Preprocessor):
+        def forward(self, obs: Tensor) -> Tensor:
+            return super().forward(obs) * 10
+
+    box = spaces.Box(-5, 5, (3,), np.float32)
+    model = cls("MlpPolicy", Spaces(box, spaces.Box(-1, 1, (2,), np.float32), 2), seed=0)
+    policy = model.policy
+    obs = np.float32([[0.1, 0.2, 0.3], [0.3, -0.1, 0.2]])
+    expected = policy.act(10 * obs, deterministic=True)
+    if later == "a normaliser":
+        policy.preprocessor.normalizer = Normalizer(box, obs=True, reward=False)
+        policy.preprocessor.normalizer.scale.fill_(10)
+    else:
+        policy.preprocessor = Tenfold(box)
+        for network in (policy.actor, policy.critic) if cls is TD3 else ():
+            object.__setattr__(network, "preprocessor", policy.preprocessor)
+    np.testing.assert_allclose(policy.act(obs, deterministic=True), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [A2C, TD3])
+@pytest.mark.parametrize("how", ["load_state_dict(assign=True)", "layers"])
+def test_what_takes_the_place_of_parameters_learns(cls: Any, how: str) -> None:
+    kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "seed": 0}
+    if cls is TD3:
+        kwargs |= {"learning_starts": 10, "batch_size": 4}
+    model, same = (cls("MlpPolicy", "Pendulum-v1", **kwargs).learn(15) for _ in range(2))
+    policy = model.policy
+    if how == "layers":
+        for part in (policy, policy.value_net) if cls is A2C else (policy.actor.mu, policy.critic.q_networks[0].q_net):
+            for name, layer in part.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, copy.deepcopy(layer))
+    else:
+        policy.load_state_dict({name: values.clone() for name, values in policy.state_dict().items()}, assign=True)
+    for one in (model, same):
+        one.learn(15, reset_num_timesteps=False)
+    for own, other in zip(policy.parameters(), same.policy.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_parameters_of_other_shapes_say_that_they_cannot_learn() -> None:
+    model = A2C("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, seed=0)
+    nn.utils.parametrizations.weight_norm(model.policy.action_net)
+    with pytest.raises(ValueError, match=r"StochasticActorCritic: its parameters are others .* cannot learn"):
+        model.learn(10)
 
 
 def test_a_gradient_that_was_given_other_memory_is_noticed() -> None:

@@ -212,6 +212,14 @@ def test_predict_hands_its_state_on_and_forgets_where_an_episode_begins() -> Non
     np.testing.assert_array_equal(model.policy.predict(obs[3], state=state, episode_start=begins)[1][0], after[0])
 
 
+def test_a_state_of_another_number_of_observations_is_named() -> None:
+    model = make()
+    _, state = model.predict(np.zeros((2, 3), np.float32))
+    for n in (1, 3):
+        with pytest.raises(ValueError, match=rf"state must be h and c of shape \({n}, 8\), .* \(2, 8\)"):
+            model.predict(np.zeros((n, 3), np.float32), state, np.ones(n, bool))
+
+
 def test_predicting_and_evaluating_leave_the_memory_of_training_alone() -> None:
     def learn(callback: Any = None) -> A2C:
         return make().learn(63, callback=callback)
