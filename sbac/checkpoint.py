@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -15,6 +16,7 @@ import gymnasium
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
 from sbac.codec import MissingObjectError, decode, encode
@@ -45,6 +47,7 @@ COUNTERS = (
     "_n_transitions",
     "_n_launches",
 )
+_MAX_COUNT = 2**16  # environments or workers that a file may ask for
 
 
 def save(
@@ -118,8 +121,10 @@ def load(
         print("Saved with: " + ", ".join(f"{name} {version}" for name, version in file.meta["versions"].items()))
 
     given = _decode_arguments(file, cls, overrides)
-    if isinstance(given.get("policy"), str) and not {"policy", "policy_kwargs"} & overrides.keys():
-        _require_weights(given.get("policy_kwargs"), file, path)
+    for name in ("n_envs", "n_workers"):
+        count = given.get(name)
+        if name not in overrides and isinstance(count, int) and count > _MAX_COUNT:
+            raise ArchiveError(f"{path}: {name} is {count}, more than the {_MAX_COUNT} that a file may ask for")
     try:
         known = Spaces(
             decode(file.config["observation_space"]), decode(file.config["action_space"]), int(given["n_envs"])
@@ -137,8 +142,12 @@ def load(
             # Stable-Baselines3 turned the environment's images around before the model saw their space.
             known = known._replace(observation_space=made.observation_space)
         require_spaces(made, known, f"the model in {path}")
+    is_own = bool({"policy", "policy_kwargs"} & overrides.keys())
     try:
-        model = cls(env=made, device=device, **given)
+        with contextlib.nullcontext() if is_own else _no_larger_than(file, path):
+            model = cls(env=made, device=device, **given)
+    except ArchiveError:
+        raise
     except Exception as error:  # whatever strange values of a file lead to
         if overrides:
             raise  # may be about those, which are the caller's
@@ -336,17 +345,25 @@ def _decode_arguments(file: Archive, cls: type, overrides: Mapping[str, Any]) ->
     return arguments
 
 
-def _require_weights(policy_kwargs: Any, file: Archive, path: Any) -> None:
-    """Refuse layers larger than all that the file holds, before any memory is asked for them."""
+@contextlib.contextmanager
+def _no_larger_than(file: Archive, path: Any) -> Iterator[None]:
+    """While it lasts, networks with more weights than a file holds are refused, before their memory is filled."""
     n_held = sum(array.size for name, array in file.arrays.items() if name.startswith("policy/"))
-    net_arch = policy_kwargs.get("net_arch") if isinstance(policy_kwargs, Mapping) else None
-    for widths in net_arch.values() if isinstance(net_arch, Mapping) else [net_arch]:
-        sizes = [1, *widths] if isinstance(widths, (list, tuple)) else []
-        for below, above in itertools.pairwise(size for size in sizes if isinstance(size, int)):
-            if below * above > n_held:
-                raise ArchiveError(
-                    f"{path}: its net_arch {widths} needs more weights than the {n_held} that the file holds"
-                )
+    n_made, thread = 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal n_made
+        if parameter is not None and threading.get_ident() == thread:
+            n_made += parameter.numel()
+        # Some are made that no file holds, such as a layer that another takes the place of.
+        if n_made > 4 * n_held:
+            raise ArchiveError(f"{path}: its networks need more weights than the {n_held} that the file holds")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _meta(model: BaseAlgorithm) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import mmap
 import os
 import pickle
 import select
+import signal
 import socket
 import struct
 import tempfile
@@ -312,6 +313,10 @@ def message(kind: str, content: Any) -> bytes:
 def serve(memory_descriptor: int, socket_descriptor: int, payload_descriptor: int) -> None:
     """What a worker process runs, from its start to its end."""
     torch.set_num_threads(1)
+    # Schedulers send SIGTERM to all processes of a job: like Ctrl-C, it is for the parent to answer. Not ignored but
+    # handled, so that programs which an environment starts are not deaf to it, and neither are its forks.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     for descriptor in (memory_descriptor, socket_descriptor):
         os.set_inheritable(descriptor, False)  # programs that an environment starts must not keep them open
     connection = socket.socket(fileno=socket_descriptor)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -317,6 +318,24 @@ def test_in_turn_a_run_resumes_from_its_newest_checkpoint_exactly(tmp_path):
     forgetful._worker_states.clear()
     forgetful.learn(300 - forgetful.num_timesteps, reset_num_timesteps=False)
     assert not torch.equal(forgetful.policy.flat, whole.policy.flat)
+
+
+def test_a_sigterm_to_the_whole_job_is_the_parents_to_answer(tmp_path):
+    def terminate(variables, _):
+        workers = workers_of(os.getpid())
+        if len(workers) == 2 and variables["self"].num_timesteps >= 100:
+            for pid in workers:
+                os.kill(pid, signal.SIGTERM)
+
+    whole = in_turn().learn(300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no worker is replaced, and none keeps its state to itself
+        cut = in_turn().learn(300, callback=[terminate, Stop(at=170)])
+    cut.save(tmp_path / "cut", full=True)
+    resumed = A3C.load(tmp_path / "cut", env=lambda: Short())
+    resumed.learn(300 - resumed.num_timesteps, reset_num_timesteps=False)
+    assert resumed.num_timesteps == whole.num_timesteps == 300
+    assert torch.equal(resumed.policy.flat, whole.policy.flat)
 
 
 def test_what_callbacks_put_off_is_done_when_one_of_them_stops_the_run(tmp_path):

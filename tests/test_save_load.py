@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import resource
 import threading
 import warnings
 import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -17,8 +21,8 @@ import torch
 from torch import Tensor
 
 import sbac
-from sbac import A2C, DDPG, TD3, ArchiveError
-from sbac.archive import read_archive, write_archive
+from sbac import A2C, A3C, DDPG, TD3, ArchiveError
+from sbac.archive import Archive, read_archive, write_archive
 from sbac.base import BaseAlgorithm
 from sbac.callbacks import CheckpointCallback, EvalCallback
 from sbac.codec import encode
@@ -490,6 +494,21 @@ def test_an_own_object_within_policy_kwargs_is_named(make_model, tmp_path):
 # A file is never lost.
 
 
+def forged(model: BaseAlgorithm, path: Path) -> Archive:
+    """A model's file, to be written again with other content."""
+    model.save(path)
+    return read_archive(path)
+
+
+@contextlib.contextmanager
+def refused_at_once(text: str) -> Iterator[None]:
+    """What is refused so, with less than 300 MB taken for it."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    with pytest.raises(ArchiveError, match=text):
+        yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
 @pytest.mark.parametrize("space", ["observation_space", "action_space"])
 def test_what_is_no_space_makes_no_model_also_beside_an_environment(make_model, tmp_path, space):
     model = make_model()
@@ -501,15 +520,46 @@ def test_what_is_no_space_makes_no_model_also_beside_an_environment(make_model, 
         make_model.cls.load(tmp_path / "model", env="CartPole-v1")
 
 
-@pytest.mark.parametrize("net_arch", [[60_000, 60_000], {"pi": [60_000, 60_000]}])
+@pytest.mark.parametrize("net_arch", [[60_000, 60_000], [100_000_000]])
 def test_layers_that_a_file_does_not_hold_are_refused_before_memory_is_taken(make_model, tmp_path, net_arch):
-    model = make_model()
-    model.save(tmp_path / "model")
-    archive = read_archive(tmp_path / "model")
+    archive = forged(make_model(), tmp_path / "model")
     archive.config["arguments"]["policy_kwargs"], _ = encode({"net_arch": net_arch})
     write_archive(tmp_path / "model", archive)
-    with pytest.raises(ArchiveError, match=r"\[60000, 60000\] needs more weights than the \d+ that"):
+    with refused_at_once(r"its networks need more weights than the \d+ that the file holds"):
         make_model.cls.load(tmp_path / "model")
+
+
+def test_a_memory_that_a_file_does_not_hold_is_refused_likewise(tmp_path):
+    archive = forged(A2C("MlpLstmPolicy", "CartPole-v1", seed=0), tmp_path / "model")
+    archive.config["arguments"]["policy_kwargs"] = {"lstm_hidden_size": 20_000}
+    write_archive(tmp_path / "model", archive)
+    with refused_at_once(r"its networks need more weights than the \d+ that the file holds"):
+        A2C.load(tmp_path / "model")
+
+
+def test_spaces_that_a_file_has_no_weights_for_are_refused_likewise(tmp_path):
+    archive = forged(A2C("MlpPolicy", "CartPole-v1", seed=0), tmp_path / "model")
+    archive.config["observation_space"], _ = encode(gymnasium.spaces.Discrete(50_000_000))
+    write_archive(tmp_path / "model", archive)
+    with refused_at_once(r"its networks need more weights than the \d+ that the file holds"):
+        A2C.load(tmp_path / "model")
+
+
+def test_critics_that_a_file_does_not_hold_are_refused_likewise(tmp_path):
+    archive = forged(TD3("MlpPolicy", "Pendulum-v1", seed=0), tmp_path / "model")
+    archive.config["arguments"]["n_critics"] = 1_000_000
+    write_archive(tmp_path / "model", archive)
+    with refused_at_once(r"its networks need more weights than the \d+ that the file holds"):
+        TD3.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["n_envs", "n_workers"])
+def test_environments_and_workers_without_end_are_refused(name, tmp_path):
+    archive = forged(A3C("MlpPolicy", "CartPole-v1", n_workers=1, seed=0), tmp_path / "model")
+    archive.config["arguments"][name] = 10**9
+    write_archive(tmp_path / "model", archive)
+    with refused_at_once(f"{name} is 1000000000, more than the 65536 that a file may ask for"):
+        A3C.load(tmp_path / "model", env="CartPole-v1")
 
 
 @pytest.mark.parametrize("why", ["an object that cannot be pickled", "a full disk"])
