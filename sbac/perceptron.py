@@ -108,9 +108,7 @@ class _Found(NamedTuple):
     layers: Sequence[_Layer] = ()  # none where the short way would not be the same
     n_weights: int = 0  # of the largest layer
     parts: Sequence[tuple[str, Any]] = ()
-    insides: Sequence[
-        tuple[Mapping[str, Any], Sequence[Any]]
-    ] = ()  # of each `nn.Sequential`: its modules, then and now
+    insides: Sequence[tuple[Mapping[str, Any], Sequence[Any]]] = ()  # of each `nn.Sequential`: now, and then
     holders: Sequence[Mapping[str, Any]] = ()  # of parameters, by name
     parameters: Sequence[Any] = ()
     ids: Sequence[int] = ()

@@ -160,7 +160,7 @@ class RecurrentActorCritic(StochasticActorCritic):
                     f"predict: state must be h and c of shape {shape}, as predict returns them for so many rows; "
                     f"it has shapes {shapes}, and None begins anew"
                 )
-            memory = self._tensor(np.float32(state[0])), self._tensor(np.float32(state[1]))
+            memory = self._tensor(np.asarray(state[0], np.float32)), self._tensor(np.asarray(state[1], np.float32))
             if episode_start is not None:
                 goes_on = torch.as_tensor(~np.asarray(episode_start, bool).reshape(-1, 1), device=self.device)
                 memory = _where(goes_on, memory)

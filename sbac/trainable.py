@@ -105,7 +105,7 @@ class Trainable(nn.Module):
             ValueError: Those that stand there now are of other shapes.
         """
         now = list(self.parameters())
-        if {*map(id, self._known)} <= {*map(id, now)}:
+        if not hasattr(self, "flat") or {*map(id, self._known)} <= {*map(id, now)}:
             return
         if [parameter.shape for parameter in now] != [parameter.shape for parameter in self._known]:
             raise ValueError(

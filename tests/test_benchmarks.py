@@ -62,7 +62,8 @@ def test_an_unknown_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
 def test_each_plot_of_ours_has_its_first_point(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     first, x = next(iter(PLOTS[name].sides)), PLOTS[name].xs[0]
     scaling(["--point", name, first, str(x)])
-    assert float(capsys.readouterr().out.split()[-1]) > 0
+    # Beside other tests, memory may be had that was in use before.
+    assert float(capsys.readouterr().out.split()[-1]) >= (name != "memory")
 
 
 def test_plots_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
