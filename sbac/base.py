@@ -19,7 +19,7 @@ from sbac import checkpoint
 from sbac.adapters import Step
 from sbac.bodies import choose_policy
 from sbac.callbacks import BaseCallback, MaybeCallback, make_callback
-from sbac.construction import Constructed, argument_names, read_device, read_policy
+from sbac.construction import Constructed, argument_defaults, read_device, read_policy
 from sbac.envs import (
     ActionCodec,
     EnvironmentLike,
@@ -29,7 +29,7 @@ from sbac.envs import (
     number_to_make,
     require_spaces,
 )
-from sbac.guards import nearest, require_whole
+from sbac.guards import nearest, require_flag, require_whole
 from sbac.logged import Logged
 from sbac.networks import describe
 from sbac.observations import as_batch
@@ -170,12 +170,14 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
 
     def _make_policy(self, **kwargs: Any) -> Any:
         """Build the policy with its own random numbers, and name what `policy_kwargs` gets wrong."""
-        known = argument_names(self.policy_class)
-        for name in kwargs:
+        known = argument_defaults(self.policy_class)
+        for name, value in kwargs.items():
             if name not in known:
                 raise ValueError(
                     f"policy_kwargs: {self.policy_class.__name__} has no argument {name!r}{nearest(name, known)}"
                 )
+            if isinstance(known[name], bool):
+                require_flag(f"policy_kwargs: {name}", value)
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(self._network_seed)
             policy: Any = self.policy_class(self.observation_space, self.action_space, self.device, **kwargs)

@@ -58,15 +58,21 @@ class Constructed(ABCMeta):
 
 def argument_names(cls: type) -> list[str]:
     """The names of a class's constructor arguments, with those that ``**kwargs`` passes on to the classes above."""
-    names: dict[str, None] = {}
+    return list(argument_defaults(cls))
+
+
+def argument_defaults(cls: type) -> dict[str, Any]:
+    """As `argument_names`, with their default values; `inspect.Parameter.empty` stands for none."""
+    defaults: dict[str, Any] = {}
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
             continue
         parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
-        names.update((p.name, None) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        own = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        defaults |= {name: default for name, default in own.items() if name not in defaults}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return list(names)
+    return defaults
 
 
 def read_policy(algorithm: str, policy: object, aliases: Mapping[str, type[nn.Module]]) -> type[nn.Module]:

@@ -422,7 +422,15 @@ class StochasticActorCritic(Trainable, BasePolicy):
     def _read(self, obs: Tree) -> tuple[Tree, Tensor | None]:
         """Observations as the bodies read them, and the mask of allowed actions that came with them."""
         obs, mask = split_mask(obs, self.observation_space, self.family.n_choices)
-        return self.preprocessor(obs), None if mask is None else mask.reshape(len(mask), -1) > 0
+        if mask is None:
+            return self.preprocessor(obs), None
+        mask = mask.reshape(len(mask), -1) > 0
+        if mask.shape[1] != self.family.n_choices:
+            raise ValueError(
+                f"the {MASK} that came with an observation has {mask.shape[1]} numbers, but there are "
+                f"{self.family.n_choices} actions to allow"
+            )
+        return self.preprocessor(obs), mask
 
     def _read_plain(self, obs: Tree) -> tuple[Tensor, Tensor | None]:
         """As `_read`, and through the bodies, where they are plain ones."""

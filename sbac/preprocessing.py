@@ -94,6 +94,11 @@ class Preprocessor(nn.Module):
         super().__init__()
         if not (channels_last is None or isinstance(channels_last, (bool, np.bool_))):
             raise ValueError(f"policy_kwargs: channels_last must be True, False or None, not {channels_last!r}")
+        if channels_last and not any(is_image_space(leaf) for _, leaf in leaves(space_tree(observation_space))):
+            raise ValueError(
+                "policy_kwargs: channels_last=True is for images, which are Boxes of uint8 in three dimensions, from 0 "
+                f"to 255; there is none in {observation_space}: gymnasium.wrappers.TransformObservation can make one"
+            )
         self.normalize_images = normalize_images
         self.normalizer = normalizer
 

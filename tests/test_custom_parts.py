@@ -244,3 +244,15 @@ def test_dropout_drops_in_updates_only(make: Any) -> None:
     if kind is not A2C:
         assert all(t.features_extractor.zeros == {True: 0, False: 0} for t in (model.actor_target, model.critic_target))
     np.testing.assert_array_equal(model.predict(np.ones(3))[0], model.predict(np.ones(3))[0])
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+@pytest.mark.parametrize("name", ["squash", "ortho_init", "share_features_extractor", "layer_norm", "normalize_obs"])
+def test_flags_of_a_policy_are_flags(policy: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"policy_kwargs: {name} must be True or False, not 'no'"):
+        A2C(policy, "Pendulum-v1", policy_kwargs={name: "no"})
+
+
+def test_flags_of_a_deterministic_policy_are_flags() -> None:
+    with pytest.raises(ValueError, match="policy_kwargs: layer_norm must be True or False, not 2"):
+        TD3("MlpPolicy", "Pendulum-v1", policy_kwargs={"layer_norm": 2})

@@ -19,6 +19,7 @@ steps = 320
 seeds = [0, 1]
 reference = "500.0 ± 0.0"
 source = "elsewhere"
+remark = "A short one."
 
 [[row]]
 algorithm = "ddpg"
@@ -65,7 +66,9 @@ def test_it_trains_resumes_and_skips(here: Path, monkeypatch: pytest.MonkeyPatch
     assert "resumed from" in log and "at step 304" in log
 
     page = Path("manual/results.md").read_text(encoding="utf-8")
-    assert f"0: {float(first['mean']):.1f} ± {float(first['deviation']):.1f}<br>1: {float(whole[0]):.1f}" in page
+    shown = f"0: {float(first['mean']):.1f} ± {float(first['deviation']):.1f}<br>1: {float(whole[0]):.1f} "
+    assert shown.replace(" ", "&nbsp;") in page
+    assert "\n- A2C on CartPole-v1: A short one.\n" in page
     assert f"| {(float(first['mean']) + float(second['mean'])) / 2:.1f} | 500.0 ± 0.0 [[elsewhere](#sources)]" in page
     command = "`sbac train ddpg Pendulum-v1 --seed S`"
     assert f"| DDPG on Pendulum-v1<br>{command} | 20,000 | not run | - | - |" in page

@@ -283,6 +283,13 @@ def test_channels_last_is_true_false_or_none() -> None:
         Preprocessor(spaces.Box(0, 255, (40, 40, 3), np.uint8), channels_last="last")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("space", [spaces.Box(0, 1, (40, 40, 3)), spaces.Box(0, 255, (5,), np.uint8)])
+def test_channels_last_of_what_is_no_image_is_an_error(space: spaces.Box) -> None:
+    with pytest.raises(ValueError, match=r"channels_last=True is for images.*there is none in Box"):
+        Preprocessor(space, channels_last=True)
+    Preprocessor(spaces.Dict({"eye": spaces.Box(0, 255, (40, 40, 3), np.uint8), "rest": space}), channels_last=True)
+
+
 def test_an_image_network_does_not_care_where_its_channels_were() -> None:
     first, last = spaces.Box(0, 255, (3, 40, 44), np.uint8), spaces.Box(0, 255, (40, 44, 3), np.uint8)
     models = [A2C("CnnPolicy", Spaces(space, spaces.Discrete(3), 1), seed=0) for space in (first, last)]
@@ -403,6 +410,13 @@ def test_a_state_that_allows_nothing_is_named() -> None:
     model = A2C("MlpPolicy", [lambda: Masked(among=False), lambda: Masked(among=False, nothing_at=3)], seed=0)
     with pytest.raises(EnvironmentFault, match="environment 1 sent an action_mask that allows nothing at step 3"):
         model.learn(20)
+
+
+def test_predict_names_the_length_of_a_mask() -> None:
+    model = A2C("MlpPolicy", Spaces(spaces.Box(-1, 1, (2,)), spaces.Discrete(3), 1))
+    obs = {"observation": np.zeros(2, np.float32), "action_mask": np.array([True, False])}
+    with pytest.raises(ValueError, match=r"action_mask that came with .* has 2 numbers.*3 actions to allow"):
+        model.predict(obs)
 
 
 def test_masks_of_another_length_are_named() -> None:

@@ -92,6 +92,7 @@ class Row:
     n_workers: int  # processes that a run keeps busy
     reference: str
     source: str
+    remark: str
 
     @property
     def name(self) -> str:
@@ -138,6 +139,7 @@ def read_rows(file: Path) -> tuple[list[Row], dict[str, dict[str, str]]]:
                 int(recipe.get("n_workers", 1)),
                 entry.get("reference", ""),
                 source,
+                entry.get("remark", ""),
             )
         )
     return rows, content.get("sources", {})
@@ -316,9 +318,9 @@ def page(rows: Sequence[Row], sources: dict[str, dict[str, str]], out: Path) -> 
     for row in rows:
         known = results[row.name]
         seeds = [
-            f"{seed}: {float(known[seed]['mean']):.1f} ± {float(known[seed]['deviation']):.1f}"
+            f"{seed}:&nbsp;{float(known[seed]['mean']):.1f}&nbsp;±&nbsp;{float(known[seed]['deviation']):.1f}"
             if seed in known
-            else f"{seed}: not run"
+            else f"{seed}:&nbsp;not&nbsp;run"
             for seed in row.seeds
         ]
         means = [float(known[seed]["mean"]) for seed in row.seeds if seed in known]
@@ -327,6 +329,8 @@ def page(rows: Sequence[Row], sources: dict[str, dict[str, str]], out: Path) -> 
         each = "<br>".join(seeds) if means else "not run"
         run = f"{row.algorithm.upper()} on {row.environment}<br>`{row.command('S')}`"
         lines.append(f"| {' | '.join((run, f'{row.steps:,}', each, whole, reference))} |")
+    remarks = [(row, row.remark) for row in rows if row.remark]
+    lines += ["", *(f"- {row.algorithm.upper()} on {row.environment}: {remark}" for row, remark in remarks)]
     lines.append(REPEAT)
     lines += [f"- **{name}**: [{about['title']}]({about['url']}). {about['note']}" for name, about in sources.items()]
     drawn = [row for row in rows if (out / f"{row.file}.png").exists() and len(results[row.name]) >= len(row.seeds)]
