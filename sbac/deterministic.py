@@ -243,7 +243,9 @@ def _features(network: Actor | Critic, obs: Tree) -> Tensor:
 def _reads_as_it_is(network: Actor | Critic) -> bool:
     """Whether the perceptrons of a network read observations as they are, but for the dtype."""
     body, preprocessor = network.features_extractor, network.preprocessor
-    is_flat = type(body) is FlattenExtractor and preprocessor.is_identity
+    # As `Preprocessor.is_identity`, without a way through another file at each update.
+    is_identity = preprocessor.is_of_vectors and preprocessor.normalizer is None and type(preprocessor) is Preprocessor
+    is_flat = type(body) is FlattenExtractor and is_identity
     return is_flat and not is_hooked(body) and not is_hooked(preprocessor)
 
 

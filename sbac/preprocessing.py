@@ -82,6 +82,7 @@ class Preprocessor(nn.Module):
     Attributes:
         space: Of one observation as the bodies get it: that of the environment, but for images, whose channels come
             first.
+        is_of_vectors: Whether observations are vectors of numbers.
     """
 
     def __init__(
@@ -108,12 +109,12 @@ class Preprocessor(nn.Module):
         self._turns = tree_map(turns, space_tree(observation_space))
         self._turns_any = any(turn for _, turn in leaves(self._turns))
         self.space = _turned(observation_space, self._turns)
-        self._is_of_vectors = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 1
+        self.is_of_vectors = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 1
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing happens to observations, but that they become float32."""
-        return self._is_of_vectors and self.normalizer is None and type(self) is Preprocessor
+        return self.is_of_vectors and self.normalizer is None and type(self) is Preprocessor
 
     def forward(self, obs: Tree) -> Tree:
         """Tensors (B, *obs_shape) as they are kept -> float32 (B, *shape of `space`), or one-hot."""
