@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import table
 from tests.benchmarks.__main__ import main, page, ratios_of
 from tests.benchmarks.scaling import PLOTS
 from tests.benchmarks.scaling import main as scaling
@@ -24,6 +25,15 @@ def test_a_work_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(float(row["rate"]) > 0 for row in rows)
     assert WORKS["predict/64"].title in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert "of stable-baselines3" in capsys.readouterr().out
+
+
+def test_a_later_measurement_replaces_its_own_lines_only(tmp_path: Path) -> None:
+    path, columns = tmp_path / "table.csv", ("work", "rate")
+    first = [{"work": "a", "rate": "1"}, {"work": "b", "rate": "2"}]
+    assert table.renew(path, columns, ["a", "b"], lambda: first) == first
+    rows = table.renew(path, columns, ["a"], lambda: [{"work": "a", "rate": "3"}])
+    assert rows == table.read(path) == [{"work": "b", "rate": "2"}, {"work": "a", "rate": "3"}]
+    assert table.read(tmp_path / "none.csv") == []
 
 
 def test_ratios_are_those_of_neighbours() -> None:

@@ -12,7 +12,6 @@ Written are docs/benchmarks.csv, with a line for each measurement, and the page 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import subprocess
@@ -23,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
+from tests.benchmarks import table
 from tests.benchmarks.work import WORKS, Work
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -182,18 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = set(options.names) - set(WORKS)
     if unknown:
         parser.error(f"there is no work {', '.join(sorted(unknown))}; known: {', '.join(WORKS)}")
-    table = options.out / "benchmarks.csv"
-    rows: list[dict[str, str]] = []
-    if table.exists():
-        with table.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    if not options.table:
+    path = options.out / "benchmarks.csv"
+    if options.table:
+        rows = table.read(path)
+    else:
         names = options.names or list(WORKS)
-        rows = [row for row in rows if row["work"] not in names] + run(names, options.repeats, options.share)
-        with table.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = table.renew(path, COLUMNS, names, lambda: run(names, options.repeats, options.share))
     if rows:
         (options.out / "benchmarks.md").write_text(page(rows), encoding="utf-8")
 

@@ -10,7 +10,6 @@ Every point is measured in a process of its own, the sides in turn; drawn are me
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
+from tests.benchmarks import table
 from tests.benchmarks.a3c import workers_speed
 from tests.benchmarks.work import a2c, floor
 
@@ -218,18 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = set(options.names) - set(PLOTS)
     if unknown:
         parser.error(f"there is no plot {', '.join(sorted(unknown))}; known: {', '.join(PLOTS)}")
-    table = options.out / "scaling.csv"
-    rows: list[dict[str, str]] = []
-    if table.exists():
-        with table.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    if not options.plot:
+    path = options.out / "scaling.csv"
+    if options.plot:
+        rows = table.read(path)
+    else:
         names = options.names or list(PLOTS)
-        rows = [row for row in rows if row["plot"] not in names] + measure(names, options.repeats)
-        with table.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = table.renew(path, COLUMNS, names, lambda: measure(names, options.repeats))
     (options.out / "images").mkdir(exist_ok=True)
     draw(rows, options.out / "images/scaling.svg")
 

@@ -154,7 +154,7 @@ def _at_defaults(env: str, steps: int) -> dict[str, Callable[[float], float]]:
 
 
 def _sbx(share: float) -> float:
-    import sbx  # type: ignore[import-not-found]
+    import sbx
 
     model = sbx.TD3(
         "MlpPolicy",
