@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -171,6 +172,7 @@ def restore(model: Any, path: PathLike, segments: Segments) -> tuple[dict[str, A
     """
     # A user's own objects are in the arguments, which the model has already.
     file = read_archive(path, members=lambda name: name != "objects.pkl")
+    then = None
     if file.meta.get("class") != type(model).__name__ or file.state is None:
         kind = "full checkpoint" if file.state is not None else "model without the state of its training"
         raise ValueError(
@@ -179,8 +181,12 @@ def restore(model: Any, path: PathLike, segments: Segments) -> tuple[dict[str, A
         )
     try:
         run = decode(file.state.get("run", {}))
-    except ValueError as error:
+        with contextlib.suppress(MissingObjectError):  # in spaces of the user's own, which the script has
+            then = Spaces(decode(file.config["observation_space"]), decode(file.config["action_space"]), model.n_envs)
+    except (KeyError, ValueError) as error:
         raise ArchiveError(f"{path}: the state of the run cannot be read: {error}") from error
+    if then is not None:
+        require_spaces(model, then, f"the run of {path}")
     remarks = [*_changed_arguments(model, file), *_restore(model, file, path)]
     if "replay_segments" in file.state and _has_same_environments(model, file):
         segments.adopt(file.state["replay_segments"], model.replay_buffer)
@@ -200,9 +206,18 @@ def referred_segments(path: PathLike) -> list[str]:
         raise ArchiveError(f"{path}: the segments of its replay buffer cannot be read: {error!r}") from error
 
 
+def written_at(path: Path) -> int:
+    """When a checkpoint was written, in nanoseconds: by itself, since a copy may be of another time than the file."""
+    with contextlib.suppress(ArchiveError, KeyError, TypeError, ValueError, AttributeError):
+        state = read_archive(path, members=lambda name: name == "state.json").state or {}
+        return int(state["run"]["written"])
+    return path.stat().st_mtime_ns
+
+
 def run_state(model: Any) -> dict[str, Any]:
     """Where a run is, beside the model: its log and its callbacks."""
     return {
+        "written": time.time_ns(),
         "start": model._first_timestep,
         "folder": model._outputs.folder,
         "training_log": model._training_log.get_state(),
@@ -226,11 +241,14 @@ def continue_run(model: Any, run: Mapping[str, Any]) -> None:
 
 
 def _changed_arguments(model: Any, file: Archive) -> list[str]:
-    now, then = encode(arguments(model))[0], file.config.get("arguments", {})
-    changed = [name for name in now if name in then and now[name] != then[name]]
+    now, then = encode({"arguments": arguments(model)})[0]["arguments"], file.config.get("arguments", {})
+    changed = [(name, now[name], then[name]) for name in now if name in then and now[name] != then[name]]
+    env_id = None if model.env is None else model.env.env_id
+    if (before := file.config.get("env_id")) != env_id and before is not None and env_id is not None:
+        changed.append(("env", env_id, before))
     if not changed:
         return []
-    values = ", ".join(f"{name} is {now[name]!r}, was {then[name]!r}" for name in changed)
+    values = ", ".join(f"{name} is {value!r}, was {old!r}" for name, value, old in changed)
     return [f"the run is resumed with other arguments than it had: {values}"]
 
 

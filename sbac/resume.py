@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from sbac import checkpoint
 from sbac.archive import ArchiveError, remove_leftovers
@@ -24,7 +30,8 @@ class CheckpointCallback(BaseCallback):
     A checkpoint holds all that exact resuming takes, replay buffer and normalisation included, whatever
     `save_replay_buffer` and `save_vecnormalize` say. Of a replay buffer above 8 MiB it writes what is new, into the
     folder ``{name_prefix}_replay`` beside, which belongs to the checkpoints. It is written once all callbacks are done
-    with the step. One that can't be written (the disk is full, say) is warned of, and training goes on.
+    with the step. One that can't be written (the disk is full, say) is warned of, and training goes on. Two processes
+    cannot write checkpoints of one prefix into one folder at the same time: the second is refused.
 
     Args:
         save_freq: Calls between two checkpoints, at least 1; a call is one step of all n environments.
@@ -62,9 +69,10 @@ class CheckpointCallback(BaseCallback):
         self.keep_last = None if keep_last is None else require_whole("keep_last", keep_last, 1)
         self._written: list[Path] = []  # of this run, from the oldest
         self._segments = Segments(self.save_path / f"{name_prefix}_replay")
+        self._lock: IO[bytes] | None = None
 
     def _init_callback(self) -> None:
-        self.save_path.mkdir(parents=True, exist_ok=True)
+        self._keep_others_out()
         for folder in (self.save_path, self._segments.folder):
             remove_leftovers(folder)
 
@@ -117,6 +125,41 @@ class CheckpointCallback(BaseCallback):
         number = path.name.removeprefix(f"{self.name_prefix}_")
         return path.with_name(f"{self.name_prefix}_replay_buffer_{number}")
 
+    def _keep_others_out(self) -> None:
+        """Make the folder, and hold it until `close`, or until this process ends, however it does.
+
+        Raises:
+            ValueError: Another process holds it.
+        """
+        self.save_path.mkdir(parents=True, exist_ok=True)
+        if self._lock is not None or fcntl is None:
+            return
+        path = self.save_path / f".{self.name_prefix}.lock"
+        while True:
+            file = path.open("ab")
+            try:
+                # Of the process, so that children that outlive it hold nothing.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.close()
+                raise ValueError(
+                    f"another process is writing checkpoints {self.name_prefix}_*_steps.zip into {self.save_path}: let "
+                    "it end first, or name another folder or prefix"
+                ) from None
+            except OSError:  # a file system without locks
+                break
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break
+            file.close()  # who held it before has removed it
+        self._lock = file
+
+    def close(self) -> None:
+        if self._lock is not None:
+            (self.save_path / f".{self.name_prefix}.lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
     def checkpoints(self) -> list[Path]:
         """The checkpoints in the folder, from the oldest to the newest."""
         pattern = re.compile(rf"{re.escape(self.name_prefix)}_(\d+)_steps\.zip")
@@ -124,7 +167,7 @@ class CheckpointCallback(BaseCallback):
         for path in self.save_path.glob("*.zip"):
             if match := pattern.fullmatch(path.name):
                 # By the clock first: an earlier run may have left later steps in the folder.
-                found.append((path.stat().st_mtime_ns, int(match[1]), path))
+                found.append((checkpoint.written_at(path), int(match[1]), path))
         return [path for *_, path in sorted(found)]
 
     def restore(self, model: Any) -> dict[str, Any] | None:
@@ -135,8 +178,16 @@ class CheckpointCallback(BaseCallback):
 
         Raises:
             ArchiveError: There are checkpoints, but none that can be resumed from.
-            ValueError: The newest is not of this algorithm.
+            ValueError: The newest is not of this algorithm, or of other spaces; or another process holds the folder.
         """
+        self._keep_others_out()
+        try:
+            return self._restore(model)
+        except BaseException:
+            self.close()
+            raise
+
+    def _restore(self, model: Any) -> dict[str, Any] | None:
         found = self.checkpoints()
         for i in reversed(range(len(found))):
             try:

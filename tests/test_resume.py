@@ -6,6 +6,9 @@ import csv
 import errno
 import itertools
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -453,6 +456,66 @@ def test_other_arguments_are_told_and_another_algorithm_is_refused(tmp_path: Pat
         DDPG("MlpPolicy", "Pendulum-v1", **SMALL).learn(30, callback=CheckpointCallback(10, tmp_path, resume="auto"))
 
 
+def test_another_environment_is_told_and_other_spaces_are_refused_before_anything_changes(tmp_path: Path) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(20, callback=checkpoints)
+    other = A2C("MlpPolicy", "CartPole-v0", n_steps=4, **SMALL)
+    with pytest.warns(UserWarning, match="other arguments than it had: env is 'CartPole-v0', was 'CartPole-v1'"):
+        other.learn(30, callback=CheckpointCallback(10, tmp_path, resume="auto"))
+    other = A2C("MlpPolicy", "Acrobot-v1", n_steps=4, **SMALL)
+    before = other.policy.flat.clone()
+    with pytest.raises(ValueError, match=r"another observation space than the run of .*30_steps\.zip: the model was"):
+        other.learn(40, callback=CheckpointCallback(10, tmp_path, resume="auto"))
+    assert torch.equal(other.policy.flat, before) and other.num_timesteps == 0
+
+
+def test_a_copied_folder_is_resumed_from_the_checkpoint_written_last(tmp_path: Path) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(90, callback=checkpoints)
+    model, checkpoints = small(tmp_path)
+    model.learn(20, callback=checkpoints)  # begun anew: its 20 steps are younger than those 90
+    for age, steps in enumerate((10, 20, 90, 50)):
+        os.utime(tmp_path / f"rl_model_{steps}_steps.zip", (1e9 + age, 1e9 + age))
+    (tmp_path / "rl_model_95_steps.zip").write_bytes(b"PK but cut")
+    os.utime(tmp_path / "rl_model_95_steps.zip", (1e9, 1e9))
+    model, checkpoints = small(tmp_path)
+    model.learn(30, callback=checkpoints, resume=True)
+    assert model.num_timesteps == 30
+
+
+HOLDER = """
+import sys, time
+from sbac.callbacks import CheckpointCallback
+from sbac import A2C
+
+class Wait(CheckpointCallback):
+    def _on_step(self):
+        print("holding", flush=True)
+        time.sleep(600)
+
+A2C("MlpPolicy", "CartPole-v1").learn(10, callback=Wait(10, sys.argv[1]))
+"""
+
+
+def test_two_processes_cannot_write_checkpoints_of_one_prefix_into_one_folder(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "holding\n"
+    try:
+        for resume in (False, True):
+            model, checkpoints = small(tmp_path)
+            with pytest.raises(ValueError, match="another process is writing checkpoints rl_model_"):
+                model.learn(20, callback=checkpoints, resume=resume)
+            assert model.num_timesteps == 0
+        model, checkpoints = small(tmp_path, name_prefix="other")
+        model.learn(20, callback=checkpoints)
+    finally:
+        holder.kill()
+        holder.communicate()
+    model, checkpoints = small(tmp_path)
+    model.learn(20, callback=[checkpoints, CheckpointCallback(5, tmp_path)])
+    assert (tmp_path / "rl_model_20_steps.zip").exists(), "the dead hold nothing, nor does a process keep itself out"
+
+
 def test_own_objects_need_no_leave_to_be_resumed_since_the_script_has_them(tmp_path: Path) -> None:
     class Own(torch.nn.Tanh):
         pass
@@ -461,7 +524,9 @@ def test_own_objects_need_no_leave_to_be_resumed_since_the_script_has_them(tmp_p
         return A2C("MlpPolicy", "CartPole-v1", seed=0, policy_kwargs={"activation_fn": Own})
 
     make().learn(20, callback=CheckpointCallback(10, tmp_path))
-    model = make().learn(30, callback=CheckpointCallback(10, tmp_path), resume=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = make().learn(30, callback=CheckpointCallback(10, tmp_path), resume=True)
     assert model.num_timesteps == 30
 
 

@@ -124,7 +124,7 @@ def _lines(name: str, work: Work, rows: Sequence[dict[str, str]]) -> list[str]:
     lines = []
     for side, (ratios, own, other) in ratios_of(name, work, rows).items():
         spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(f"{spread} of {side}: {own:,.0f} to {other:,.0f} {work.unit} a second")
+        lines.append(f"{spread} of {side}: {_rate(own)} to {_rate(other)} {work.unit} a second")
     return lines
 
 
@@ -149,9 +149,13 @@ def page(rows: Sequence[dict[str, str]]) -> str:
     for name, work in WORKS.items():
         for side, (ratios, own, other) in ratios_of(name, work, rows).items():
             spread = f"**{median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
-            speeds = f"{own:,.0f} {work.unit}/s | {other:,.0f} {work.unit}/s"
+            speeds = f"{_rate(own)} {work.unit}/s | {_rate(other)} {work.unit}/s"
             lines.append(f"| {work.title} | {side} | {spread} | {work.wanted or '-'} | {speeds} |")
     return "\n".join(lines) + "\n" + TAIL
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _processor() -> str:

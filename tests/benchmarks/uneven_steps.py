@@ -107,6 +107,8 @@ def plot() -> None:
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes[0].set_xticks(range(0, STEPS + 1, 10_000))
     axes[0].set_ylabel("return, mean of 100 episodes")
     axes[0].legend(frameon=False)
     figure.tight_layout()
