@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ def make_extractor(
         A module that states how many features it gives, as `features_dim`; one that does not is asked.
 
     Raises:
-        ValueError: What was asked for is no module, cannot read observations, or its arguments are no dict.
+        ValueError: What was asked for is no module, cannot read observations, or does not take its arguments.
     """
     asked: Any = features_extractor_class
     if isinstance(asked, Mapping):
@@ -112,7 +113,15 @@ def make_extractor(
         body: Any = copy.deepcopy(asked)
     else:
         check_module_class("features_extractor_class", asked, "a subclass of BaseFeaturesExtractor")
-        body = asked(observation_space, **dict(features_extractor_kwargs or {}))
+        arguments = dict(features_extractor_kwargs or {})
+        try:
+            inspect.signature(asked).bind(observation_space, **arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"policy_kwargs: features_extractor_class {asked.__name__}, called with the observation space and "
+                f"features_extractor_kwargs {arguments}: {error}"
+            ) from error
+        body = asked(observation_space, **arguments)
     if not hasattr(body, "features_dim"):
         body.features_dim = _count_features(body, observation_space)
     return body

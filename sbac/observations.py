@@ -19,8 +19,9 @@ def check_observation_space(space: spaces.Space[Any], algorithm: str) -> None:
     """Refuse observations that no policy can read.
 
     Raises:
-        ValueError: A part of the space is none of the four kinds of arrays.
+        ValueError: A part of the space is none of the four kinds of arrays, or there is nothing in it.
     """
+    _require_content(space, f"{algorithm} needs observations of one number at least")
     for name, leaf in leaves(space_tree(space)):
         if not isinstance(leaf, READABLE):
             where = f" (at {name!r} in {space})" if name else ""
@@ -35,8 +36,9 @@ def check_action_space(space: spaces.Space[Any], algorithm: str) -> None:
     """Refuse actions that no stochastic policy can draw.
 
     Raises:
-        ValueError: A part of the space is none of the four kinds of arrays.
+        ValueError: A part of the space is none of the four kinds of arrays, or there is nothing in it.
     """
+    _require_content(space, f"{algorithm} needs something to choose in an action")
     for name, leaf in leaves(space_tree(space)):
         if not isinstance(leaf, READABLE):
             where = f" (at {name!r} in {space})" if name else ""
@@ -52,6 +54,7 @@ def check_finite_box(space: spaces.Space[Any], algorithm: str) -> None:
     Raises:
         ValueError: Naming what acts in such a space, or how to make it one to act in.
     """
+    _require_content(space, f"{algorithm} needs something to choose in an action")
     needs = f"{algorithm} acts in a Box with finite bounds"
     if all(isinstance(leaf, READABLE) for _, leaf in leaves(space_tree(space))):
         others = "A2C and A3C act in it as it is"
@@ -64,6 +67,16 @@ def check_finite_box(space: spaces.Space[Any], algorithm: str) -> None:
         raise ValueError(
             f"{needs}, and {space} lacks them; {others}, or give it bounds that suit it, such as {bounded}"
         )
+
+
+def _require_content(space: spaces.Space[Any], need: str) -> None:
+    parts = list(leaves(space_tree(space)))
+    for name, leaf in parts:
+        if 0 in (leaf.shape or ()):
+            where = f" (at {name!r} in {space})" if name else ""
+            raise ValueError(f"{need}, and {leaf}{where} is empty: leave that part out, or give it a constant number")
+    if not parts:
+        raise ValueError(f"{need}, and {space} has no parts")
 
 
 def n_choices(space: spaces.Space[Any]) -> int:

@@ -107,6 +107,30 @@ def test_other_spaces_are_named_with_both_before_anything_runs(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    "space", [spaces.Box(-1, 1, (0,), np.float32), spaces.Box(-1, 1, (3, 0), np.float32), spaces.Dict({})], ids=str
+)
+@pytest.mark.parametrize("cls", [A2C, A3C, DDPG, TD3])
+def test_a_space_with_nothing_in_it_is_named(cls: Any, space: spaces.Space[Any]) -> None:
+    class Empty(Scripted):
+        def __init__(self, of: str) -> None:
+            super().__init__(**({"space": space} if of == "observation" else {}))
+            if of == "action":
+                self.action_space = space
+
+    words = "has no parts" if isinstance(space, spaces.Dict) else "is empty: leave that part out"
+    with pytest.raises(ValueError, match=f"{cls.__name__} needs observations of one number at least, and .* {words}"):
+        cls("auto", lambda: Empty("observation"))
+    with pytest.raises(ValueError, match=f"{cls.__name__} needs something to choose in an action, and .* {words}"):
+        cls("MlpPolicy", lambda: Empty("action"))
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_policies_that_remember_are_said_to_be_of_others(cls: Any) -> None:
+    with pytest.raises(ValueError, match=r"has no policy 'MlpLstmPolicy'.*with an LSTM are for A2C and A3C"):
+        cls("MlpLstmPolicy", "Pendulum-v1")
+
+
+@pytest.mark.parametrize(
     ("arguments", "part"),
     [
         ({"policy": None}, "policy must be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -56,6 +57,20 @@ def test_ratios_are_those_of_neighbours() -> None:
     assert "| stable-baselines3 | **3.00** (2.00 to 4.00) | 6 | 30 calls/s | 10 calls/s |" in page(rows)
 
 
+def test_the_page_and_the_readme_say_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    rows = table.read(root / "docs/benchmarks.csv")
+    assert page(rows) == (root / "docs/benchmarks.md").read_text(encoding="utf-8")
+    section = (root / "README.md").read_text(encoding="utf-8").split("## Speed")[1].split("## Results")[0]
+    named = {work.title: name for name, work in WORKS.items()}
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 5
+    for title, side, said in lines:
+        found = ratios_of(named[title], WORKS[named[title]], rows)
+        ratios, *_ = next(found[other] for other in found if other.lower() == side.lower())
+        assert said == f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", title
+
+
 @pytest.mark.parametrize("name", [name for name in WORKS if name not in ("import", "replay/sample")])  # which take long
 def test_each_work_of_ours_runs(name: str) -> None:
     first = next(iter(WORKS[name].sides))
@@ -68,9 +83,9 @@ def test_an_unknown_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "there is no work a2c/Cartpole; known: a2c/CartPole-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", PLOTS)
-def test_each_plot_of_ours_has_its_first_point(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    first, x = next(iter(PLOTS[name].sides)), PLOTS[name].xs[0]
+@pytest.mark.parametrize(("name", "index"), [*((name, 0) for name in PLOTS), ("batch", -1)])
+def test_each_plot_of_ours_has_its_points(name: str, index: int, capsys: pytest.CaptureFixture[str]) -> None:
+    first, x = next(iter(PLOTS[name].sides)), PLOTS[name].xs[index]
     scaling(["--point", name, first, str(x)])
     # Beside other tests, memory may be had that was in use before.
     assert float(capsys.readouterr().out.split()[-1]) >= (name != "memory")

@@ -291,6 +291,7 @@ def stochastic_policy(**kwargs: Any) -> StochasticActorCritic:
         ({"features_extractor_class": "NatureCNN"}, r"features_extractor_class must be .* it is 'NatureCNN'"),
         ({"features_extractor_class": dict}, r"features_extractor_class must be .* it is <class 'dict'>"),
         ({"features_extractor_kwargs": 5}, r"features_extractor_kwargs must be a dict .*, not 5"),
+        ({"features_extractor_kwargs": {"size": 3}}, r".* FlattenExtractor, .* unexpected keyword argument 'size'"),
         ({"dropout": 1.0}, r"dropout must be a finite number at least 0 and below 1, not 1.0"),
         ({"dropout": -0.1}, r"dropout must be"),
         ({"dropout": "0.1"}, r"dropout must be"),

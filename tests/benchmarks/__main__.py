@@ -35,7 +35,8 @@ HEAD = """\
 
 Speeds are ratios: how often the speed of the other side sbac reaches, both measured in turn in one run, each in a
 process of its own with the same networks, batches, seeds and number of threads. Given is the median over the repeats,
-and from where to where they went. The absolute speeds beside them hold for this machine only:
+and from where to where they went; on a machine shared with others, as this one, that may be far. The absolute speeds
+beside them hold for it only:
 
 > {machine}<br>{versions}
 
@@ -81,9 +82,10 @@ def disturbance(wanted: bool) -> Iterator[None]:
 def measure(name: str, side: str, share: float) -> float | None:
     """The rate of one side, alone in a process; None where its library is missing."""
     work = WORKS[name]
-    environment = dict(os.environ)
+    variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in variables}
     if work.threads is not None:
-        environment |= {variable: str(work.threads) for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment |= dict.fromkeys(variables, str(work.threads))
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.work", name, side, "--share", str(share)]
     with disturbance(work.is_disturbed):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

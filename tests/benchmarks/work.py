@@ -181,7 +181,7 @@ def floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) 
     def ours(share: float) -> float:
         from sbac.buffers import ReplayBatch
 
-        model = TD3("MlpPolicy", known, batch_size=batch, policy_kwargs={"net_arch": list(net_arch)}, buffer_size=1000)
+        model = TD3("MlpPolicy", known, batch_size=batch, policy_kwargs={"net_arch": list(net_arch)}, buffer_size=2000)
         row = torch.randn(batch, obs_dim), torch.rand(batch, action_dim)
         zeros, ones = torch.zeros(batch), torch.ones(batch)
         drawn = ReplayBatch(row[0], row[1], zeros, ones, zeros, row[0], ones, np.arange(batch))
