@@ -33,7 +33,7 @@ from sbac.guards import nearest, require_flag, require_whole
 from sbac.logged import Logged
 from sbac.networks import describe
 from sbac.observations import as_batch
-from sbac.resume import resume_run
+from sbac.resume import folders_held, resume_run
 from sbac.saving import Saveable
 from sbac.schedules import FloatOrSchedule, value_at
 from sbac.statistics import EpisodeStatistics
@@ -212,39 +212,40 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         prepared = make_callback(callback, progress_bar)
         self._is_watched = callback is not None or progress_bar
 
-        run = resume_run(self, prepared, resume)
-        is_new_run = reset_num_timesteps and run is None
-        if is_new_run:
-            self.num_timesteps = 0
-            self.episodes.forget()
-        self._first_timestep = self.num_timesteps if run is None else run.get("start", 0)
-        self._total_timesteps = self._first_timestep + steps
-        if is_new_run or self._obs is None or self.env.reset_count != self._reset_count:
-            self._start_episodes(self.env)
-        name = tb_log_name or type(self).__name__
-        if run is not None:
-            self._outputs.resume(name, run.get("folder"))
-        self._start_log(name, is_new_run, interval)
-
-        for part in self.policy.modules():
-            if isinstance(part, Trainable):
-                part.take_replaced()
-        self._callback = prepared
-        self._deferred.clear()
-        prepared.init_callback(self)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._n_threads(threads))
-        try:
-            prepared.on_training_start({"self": self, "total_timesteps": steps}, globals())
+        with folders_held(prepared):
+            run = resume_run(self, prepared, resume)
+            is_new_run = reset_num_timesteps and run is None
+            if is_new_run:
+                self.num_timesteps = 0
+                self.episodes.forget()
+            self._first_timestep = self.num_timesteps if run is None else run.get("start", 0)
+            self._total_timesteps = self._first_timestep + steps
+            if is_new_run or self._obs is None or self.env.reset_count != self._reset_count:
+                self._start_episodes(self.env)
+            name = tb_log_name or type(self).__name__
             if run is not None:
-                checkpoint.continue_run(self, run)
-            yield prepared
-            if self._training_log.n_updates:
-                self._dump_logs()
-            prepared.on_training_end()
-        finally:
-            torch.set_num_threads(threads)
-            prepared.close()
+                self._outputs.resume(name, run.get("folder"))
+            self._start_log(name, is_new_run, interval)
+
+            for part in self.policy.modules():
+                if isinstance(part, Trainable):
+                    part.take_replaced()
+            self._callback = prepared
+            self._deferred.clear()
+            prepared.init_callback(self)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(self._n_threads(threads))
+            try:
+                prepared.on_training_start({"self": self, "total_timesteps": steps}, globals())
+                if run is not None:
+                    checkpoint.continue_run(self, run)
+                yield prepared
+                if self._training_log.n_updates:
+                    self._dump_logs()
+                prepared.on_training_end()
+            finally:
+                torch.set_num_threads(threads)
+                prepared.close()
 
     def _n_threads(self, available: int) -> int:
         """A network of less than a million parameters loses more to the exchange between threads than it gains."""

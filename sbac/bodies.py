@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,13 +114,12 @@ def make_extractor(
         check_module_class("features_extractor_class", asked, "a subclass of BaseFeaturesExtractor")
         arguments = dict(features_extractor_kwargs or {})
         try:
-            inspect.signature(asked).bind(observation_space, **arguments)
+            body = asked(observation_space, **arguments)
         except TypeError as error:
             raise ValueError(
                 f"policy_kwargs: features_extractor_class {asked.__name__}, called with the observation space and "
                 f"features_extractor_kwargs {arguments}: {error}"
             ) from error
-        body = asked(observation_space, **arguments)
     if not hasattr(body, "features_dim"):
         body.features_dim = _count_features(body, observation_space)
     return body

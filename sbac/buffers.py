@@ -189,7 +189,7 @@ class RolloutBuffer:
         held = slice(0, self.pos)
 
         def in_a_row(leaf: np.ndarray) -> Tensor:
-            return self._tensor(leaf[held].reshape(-1, *leaf.shape[2:]))
+            return self._tensor(leaf[held].reshape(self.pos * self.n_envs, *leaf.shape[2:]))
 
         obs = tree_map(in_a_row, self.obs)
         valid = self.valid[held].ravel()

@@ -172,7 +172,6 @@ def restore(model: Any, path: PathLike, segments: Segments) -> tuple[dict[str, A
     """
     # A user's own objects are in the arguments, which the model has already.
     file = read_archive(path, members=lambda name: name != "objects.pkl")
-    then = None
     if file.meta.get("class") != type(model).__name__ or file.state is None:
         kind = "full checkpoint" if file.state is not None else "model without the state of its training"
         raise ValueError(
@@ -181,12 +180,9 @@ def restore(model: Any, path: PathLike, segments: Segments) -> tuple[dict[str, A
         )
     try:
         run = decode(file.state.get("run", {}))
-        with contextlib.suppress(MissingObjectError):  # in spaces of the user's own, which the script has
-            then = Spaces(decode(file.config["observation_space"]), decode(file.config["action_space"]), model.n_envs)
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise ArchiveError(f"{path}: the state of the run cannot be read: {error}") from error
-    if then is not None:
-        require_spaces(model, then, f"the run of {path}")
+    require_spaces(model, _stored_spaces(model, file, path), f"the run of {path}")
     remarks = [*_changed_arguments(model, file), *_restore(model, file, path)]
     if "replay_segments" in file.state and _has_same_environments(model, file):
         segments.adopt(file.state["replay_segments"], model.replay_buffer)
@@ -206,12 +202,37 @@ def referred_segments(path: PathLike) -> list[str]:
         raise ArchiveError(f"{path}: the segments of its replay buffer cannot be read: {error!r}") from error
 
 
-def written_at(path: Path) -> int:
-    """When a checkpoint was written, in nanoseconds: by itself, since a copy may be of another time than the file."""
-    with contextlib.suppress(ArchiveError, KeyError, TypeError, ValueError, AttributeError):
+def _stored_spaces(model: Any, file: Archive, path: Any) -> Spaces:
+    """The spaces in a file; of one that is an object of the user's own, which the script has, that of the model."""
+    found = {}
+    for name in ("observation_space", "action_space"):
+        try:
+            found[name] = decode(file.config[name])
+        except MissingObjectError:
+            found[name] = getattr(model, name)
+        except (KeyError, ValueError) as error:
+            raise ArchiveError(f"{path}: config.json does not describe the {name}: {error!r}") from error
+        if not isinstance(found[name], gymnasium.Space):
+            raise ArchiveError(f"{path}: config.json does not describe the {name}: {found[name]!r}")
+    return Spaces(**found, n_envs=model.n_envs)
+
+
+def written_at(path: Path) -> tuple[bool, int]:
+    """When a checkpoint was written, for sorting.
+
+    Returns:
+        Whether it says so itself, since the copy of a file may be of another time, or is damaged, which whoever
+        resumes is to hear of; and the nanoseconds.
+    """
+    try:
         state = read_archive(path, members=lambda name: name == "state.json").state or {}
-        return int(state["run"]["written"])
-    return path.stat().st_mtime_ns
+    except ArchiveError:
+        return True, path.stat().st_mtime_ns
+    run = state.get("run")
+    written = run.get("written") if isinstance(run, dict) else None
+    if type(written) is int and 0 <= written < 2**63:
+        return True, written
+    return False, path.stat().st_mtime_ns
 
 
 def run_state(model: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sbac.loading import ALGORITHMS, algorithm, convert, inspect, load
 from sbac.logger import configure
 from sbac.plotting import plot_learning_curve
 from sbac.recipes import read_recipe, read_value, registered_id
+from sbac.resume import folders_held
 from sbac.video import check_film, write_video
 
 DEFAULT_ALGORITHM, DEFAULT_ENV = "a2c", "CartPole-v1"
@@ -197,34 +198,35 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{cls.__name__} on {options.env}: {steps:,} steps, seed {options.seed}")
         print("hyperparameters:", "; ".join(filter(None, (told, remark))) or "none but the defaults")
         print(f"folder: {folder}")
-        frequencies = {"eval_freq": eval_freq, "eval_episodes": n_eval_episodes, "checkpoint_freq": save_freq}
-        _write_config(folder, model, options, {"steps": steps, **frequencies, "arguments": encode(arguments)[0]})
-        # After each step: evaluate, checkpoint, stop.
-        callbacks: list[BaseCallback] = [stop]
         stop.checkpoints = CheckpointCallback(
             max(save_freq // model.n_envs, 1) if save_freq else sys.maxsize,
             folder / "checkpoints",
             "model",
             keep_last=2,
         )
-        callbacks.insert(0, stop.checkpoints)
-        if eval_freq:
-            evaluation = EvalCallback(
-                options.env,
-                n_eval_episodes=n_eval_episodes,
-                eval_freq=max(eval_freq // model.n_envs, 1),
-                log_path=str(folder),
-                best_model_save_path=str(folder),
-                verbose=0,
-            )
-            callbacks.insert(0, evaluation)
-        if begun is not None and not stop.checkpoints.checkpoints():
-            # The run begins at its beginning, and so does what it leaves.
-            for left in (*folder.glob("progress.csv"), *folder.glob("evaluations.npz"), *folder.glob("events.out*")):
-                left.unlink()
-        model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
+        with folders_held(stop.checkpoints):
+            frequencies = {"eval_freq": eval_freq, "eval_episodes": n_eval_episodes, "checkpoint_freq": save_freq}
+            _write_config(folder, model, options, {"steps": steps, **frequencies, "arguments": encode(arguments)[0]})
+            # After each step: evaluate, checkpoint, stop.
+            callbacks: list[BaseCallback] = [stop.checkpoints, stop]
+            if eval_freq:
+                evaluation = EvalCallback(
+                    options.env,
+                    n_eval_episodes=n_eval_episodes,
+                    eval_freq=max(eval_freq // model.n_envs, 1),
+                    log_path=str(folder),
+                    best_model_save_path=str(folder),
+                    verbose=0,
+                )
+                callbacks.insert(0, evaluation)
+            if begun is not None and not stop.checkpoints.checkpoints():
+                # The run begins at its beginning, and so does what it leaves.
+                for pattern in ("progress.csv", "evaluations.npz", "events.out*"):
+                    for left in folder.glob(pattern):
+                        left.unlink()
+            model.set_logger(configure(folder, ("csv", "tensorboard", *(("stdout",) if options.verbose else ()))))
 
-        code = _learn(model, steps, callbacks, stop, folder, resume=begun is not None)
+            code = _learn(model, steps, callbacks, stop, folder, resume=begun is not None)
         model.logger.close()
         try:
             if not stop.at_once and (folder / "progress.csv").exists():
@@ -283,7 +285,8 @@ def _learn(
         stop.at_once = True
     finally:
         stop.phase = "saving"  # after errors of other kinds too
-        model.save(file, full=not stop.at_once)
+        if stop.has_begun or not file.exists():  # a run that was not taken over keeps its model
+            model.save(file, full=not stop.at_once)
         stop.phase = "saved"
     if stop.signal is not None:
         print(f"stopped at step {model.num_timesteps:,}; the model is in {file}")
@@ -467,17 +470,25 @@ def _inspect(options: argparse.Namespace) -> int:
     print("  written with " + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()))
     print("  " + ", ".join(f"{name.strip('_')} {count:,}" for name, count in meta.get("counters", {}).items()))
     print(f"  environment {config.get('env_id')}")
-    print(f"  observations {json.dumps(config.get('observation_space'))}")
-    print(f"  actions {json.dumps(config.get('action_space'))}")
+    print(f"  observations {_shown(config.get('observation_space'))}")
+    print(f"  actions {_shown(config.get('action_space'))}")
     print("  arguments")
     for name, value in config.get("arguments", {}).items():
-        print(f"    {name} = {json.dumps(value)}")
+        print(f"    {name} = {_shown(value)}")
     print(f"  {len(content['arrays'])} arrays, {sum(array['bytes'] for array in content['arrays']):,} bytes")
     for array in content["arrays"]:
         print(f"    {array['name']} {tuple(array['shape'])} {array['dtype']}")
     print(f"  full checkpoint: {'yes' if content['state'] else 'no'}")
     print(f"  Python objects of the user's own: {'yes' if content['objects'] else 'no'}")
     return 0
+
+
+def _shown(data: Any) -> str:
+    """A value of a file as Python writes it; as it lies there, where it holds objects of the user's own."""
+    try:
+        return repr(decode(data))
+    except ValueError:
+        return json.dumps(data)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -91,7 +91,8 @@ def read_policy(algorithm: str, policy: object, aliases: Mapping[str, type[nn.Mo
     if not isinstance(policy, str):
         raise ValueError(f"policy must be one of {', '.join(aliases)}, auto, or a policy class, not {policy!r}")
     if policy not in aliases:
-        remark = "; policies with an LSTM are for A2C and A3C" if "lstm" in policy.lower() else ""
+        is_elsewhere = "lstm" in policy.lower() and not any("Lstm" in alias for alias in aliases)
+        remark = "; policies with an LSTM are for A2C and A3C" if is_elsewhere else ""
         raise ValueError(f"{algorithm} has no policy {policy!r}{nearest(policy, [*aliases, 'auto'])}{remark}")
     return aliases[policy]
 

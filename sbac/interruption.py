@@ -19,11 +19,13 @@ class Interruption(BaseCallback):
     Attributes:
         checkpoints: Writes the checkpoint, if there is one.
         signal: The first signal that came; None before.
+        has_begun: Whether the model is in training, that of a resumed run as it was saved.
         at_once: Whether a second one cut the training off in the midst of a step.
         phase: "learning", "saving" (which nothing interrupts) or "saved" (the rest may be cut off).
     """
 
     signal: signal.Signals | None = None
+    has_begun = False
     at_once = False
     phase = "learning"
 
@@ -53,6 +55,9 @@ class Interruption(BaseCallback):
         beside_the_bar = "\n" if os.isatty(2) else ""
         with suppress(OSError):
             os.write(2, f"{beside_the_bar}{text}\n".encode())
+
+    def _on_training_start(self) -> None:
+        self.has_begun = True
 
     def _on_step(self) -> bool:
         if self.signal is not None and self.checkpoints is not None:

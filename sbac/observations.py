@@ -21,7 +21,11 @@ def check_observation_space(space: spaces.Space[Any], algorithm: str) -> None:
     Raises:
         ValueError: A part of the space is none of the four kinds of arrays, or there is nothing in it.
     """
-    _require_content(space, f"{algorithm} needs observations of one number at least")
+    if all(0 in (leaf.shape or ()) for _, leaf in leaves(space_tree(space))):
+        raise ValueError(
+            f"{algorithm} needs something to observe, and there is nothing in {space}; gymnasium.wrappers."
+            "TransformObservation can make a constant number of it"
+        )
     for name, leaf in leaves(space_tree(space)):
         if not isinstance(leaf, READABLE):
             where = f" (at {name!r} in {space})" if name else ""
@@ -38,7 +42,7 @@ def check_action_space(space: spaces.Space[Any], algorithm: str) -> None:
     Raises:
         ValueError: A part of the space is none of the four kinds of arrays, or there is nothing in it.
     """
-    _require_content(space, f"{algorithm} needs something to choose in an action")
+    _require_choice(space, algorithm)
     for name, leaf in leaves(space_tree(space)):
         if not isinstance(leaf, READABLE):
             where = f" (at {name!r} in {space})" if name else ""
@@ -54,7 +58,7 @@ def check_finite_box(space: spaces.Space[Any], algorithm: str) -> None:
     Raises:
         ValueError: Naming what acts in such a space, or how to make it one to act in.
     """
-    _require_content(space, f"{algorithm} needs something to choose in an action")
+    _require_choice(space, algorithm)
     needs = f"{algorithm} acts in a Box with finite bounds"
     if all(isinstance(leaf, READABLE) for _, leaf in leaves(space_tree(space))):
         others = "A2C and A3C act in it as it is"
@@ -69,14 +73,22 @@ def check_finite_box(space: spaces.Space[Any], algorithm: str) -> None:
         )
 
 
-def _require_content(space: spaces.Space[Any], need: str) -> None:
-    parts = list(leaves(space_tree(space)))
-    for name, leaf in parts:
-        if 0 in (leaf.shape or ()):
-            where = f" (at {name!r} in {space})" if name else ""
-            raise ValueError(f"{need}, and {leaf}{where} is empty: leave that part out, or give it a constant number")
-    if not parts:
-        raise ValueError(f"{need}, and {space} has no parts")
+def _empty_part(space: spaces.Space[Any]) -> spaces.Space[Any] | None:
+    """The first part of a space, or the space itself, in which there is no number at all."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+        found = [_empty_part(part) for part in parts]
+        return space if not found else next((part for part in found if part is not None), None)
+    return space if 0 in (space.shape or ()) else None
+
+
+def _require_choice(space: spaces.Space[Any], algorithm: str) -> None:
+    empty = _empty_part(space)
+    if empty is not None:
+        where = "" if empty is space else f" in {space}"
+        raise ValueError(
+            f"{algorithm} needs something to choose in each action, and there is nothing in {empty}{where}"
+        )
 
 
 def n_choices(space: spaces.Space[Any]) -> int:

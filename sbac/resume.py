@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeAlias
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from typing import Any, TypeAlias
 
 from sbac import checkpoint
 from sbac.archive import ArchiveError, remove_leftovers
 from sbac.buffers import ReplayBuffer
 from sbac.guards import require_whole
+from sbac.hold import Hold
 from sbac.hooks import BaseCallback
 from sbac.segments import Segments
 
@@ -61,6 +58,8 @@ class CheckpointCallback(BaseCallback):
         super().__init__(verbose)
         self.save_freq = require_whole("save_freq", save_freq, 1)
         self.save_path = Path(save_path)
+        if not isinstance(name_prefix, str) or Path(name_prefix).name != name_prefix:
+            raise ValueError(f"name_prefix begins the names of files in save_path, so it cannot be {name_prefix!r}")
         self.name_prefix = name_prefix
         self.save_replay_buffer = save_replay_buffer
         if resume not in (None, "auto"):
@@ -69,10 +68,14 @@ class CheckpointCallback(BaseCallback):
         self.keep_last = None if keep_last is None else require_whole("keep_last", keep_last, 1)
         self._written: list[Path] = []  # of this run, from the oldest
         self._segments = Segments(self.save_path / f"{name_prefix}_replay")
-        self._lock: IO[bytes] | None = None
+        self.hold = Hold(
+            self.save_path / f".{name_prefix}.lock",
+            f"another process is writing checkpoints {name_prefix}_*_steps.zip into {save_path}: let it end first, or "
+            "name another folder or prefix",
+        )
 
     def _init_callback(self) -> None:
-        self._keep_others_out()
+        self.save_path.mkdir(parents=True, exist_ok=True)
         for folder in (self.save_path, self._segments.folder):
             remove_leftovers(folder)
 
@@ -87,6 +90,12 @@ class CheckpointCallback(BaseCallback):
 
     def _write(self) -> None:
         path = self.save_path / f"{self.name_prefix}_{self.num_timesteps}_steps.zip"
+        if not self.hold.keeps():
+            warnings.warn(
+                f"the checkpoint of step {self.num_timesteps} was not written: another process writes there",
+                stacklevel=2,
+            )
+            return
         try:
             if isinstance(getattr(self.model, "replay_buffer", None), ReplayBuffer):
                 checkpoint.save(self.model, path, None, None, full=True, segments=self._segments)
@@ -125,48 +134,14 @@ class CheckpointCallback(BaseCallback):
         number = path.name.removeprefix(f"{self.name_prefix}_")
         return path.with_name(f"{self.name_prefix}_replay_buffer_{number}")
 
-    def _keep_others_out(self) -> None:
-        """Make the folder, and hold it until `close`, or until this process ends, however it does.
-
-        Raises:
-            ValueError: Another process holds it.
-        """
-        self.save_path.mkdir(parents=True, exist_ok=True)
-        if self._lock is not None or fcntl is None:
-            return
-        path = self.save_path / f".{self.name_prefix}.lock"
-        while True:
-            file = path.open("ab")
-            try:
-                # Of the process, so that children that outlive it hold nothing.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.close()
-                raise ValueError(
-                    f"another process is writing checkpoints {self.name_prefix}_*_steps.zip into {self.save_path}: let "
-                    "it end first, or name another folder or prefix"
-                ) from None
-            except OSError:  # a file system without locks
-                break
-            with suppress(FileNotFoundError):
-                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                    break
-            file.close()  # who held it before has removed it
-        self._lock = file
-
-    def close(self) -> None:
-        if self._lock is not None:
-            (self.save_path / f".{self.name_prefix}.lock").unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
-
     def checkpoints(self) -> list[Path]:
         """The checkpoints in the folder, from the oldest to the newest."""
         pattern = re.compile(rf"{re.escape(self.name_prefix)}_(\d+)_steps\.zip")
         found = []
         for path in self.save_path.glob("*.zip"):
             if match := pattern.fullmatch(path.name):
-                # By the clock first: an earlier run may have left later steps in the folder.
+                # By the clock first: an earlier run may have left later steps in the folder, or an earlier version
+                # files that do not say when they were written.
                 found.append((checkpoint.written_at(path), int(match[1]), path))
         return [path for *_, path in sorted(found)]
 
@@ -178,16 +153,8 @@ class CheckpointCallback(BaseCallback):
 
         Raises:
             ArchiveError: There are checkpoints, but none that can be resumed from.
-            ValueError: The newest is not of this algorithm, or of other spaces; or another process holds the folder.
+            ValueError: The newest is not of this algorithm, or of other spaces.
         """
-        self._keep_others_out()
-        try:
-            return self._restore(model)
-        except BaseException:
-            self.close()
-            raise
-
-    def _restore(self, model: Any) -> dict[str, Any] | None:
         found = self.checkpoints()
         for i in reversed(range(len(found))):
             try:
@@ -206,6 +173,21 @@ class CheckpointCallback(BaseCallback):
                 "resumed from (the warnings say why); to begin anew, name another folder or prefix, or move them away"
             )
         return None
+
+
+@contextmanager
+def folders_held(callback: BaseCallback) -> Iterator[None]:
+    """While it lasts, no other process writes into the folders of the checkpoints among these callbacks.
+
+    Raises:
+        ValueError: One does already.
+    """
+    with ExitStack() as stack:
+        for one in callback.everyone():
+            if isinstance(one, CheckpointCallback):
+                one.save_path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(one.hold)
+        yield
 
 
 def resume_run(model: Any, callback: BaseCallback, is_asked: bool) -> dict[str, Any] | None:

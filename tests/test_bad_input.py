@@ -117,11 +117,33 @@ def test_a_space_with_nothing_in_it_is_named(cls: Any, space: spaces.Space[Any])
             if of == "action":
                 self.action_space = space
 
-    words = "has no parts" if isinstance(space, spaces.Dict) else "is empty: leave that part out"
-    with pytest.raises(ValueError, match=f"{cls.__name__} needs observations of one number at least, and .* {words}"):
+    there = re.escape(f"and there is nothing in {space}")
+    with pytest.raises(ValueError, match=f"{cls.__name__} needs something to observe, {there}"):
         cls("auto", lambda: Empty("observation"))
-    with pytest.raises(ValueError, match=f"{cls.__name__} needs something to choose in an action, and .* {words}"):
+    with pytest.raises(ValueError, match=f"{cls.__name__} needs something to choose in each action, {there}"):
         cls("MlpPolicy", lambda: Empty("action"))
+
+
+def test_an_empty_part_of_an_action_is_named_and_one_of_an_observation_does_no_harm() -> None:
+    parts = {"a": spaces.Box(-1, 1, (2,), np.float32), "b": spaces.Box(-1, 1, (0,), np.float32)}
+
+    class Parts(gymnasium.Env[Any, Any]):
+        observation_space = spaces.Dict(parts)
+
+        def __init__(self, action_space: spaces.Space[Any]) -> None:
+            self.action_space = action_space
+
+        def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            return self.observation_space.sample(), {}
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            return self.observation_space.sample(), 0.0, False, False, {}
+
+    assert A2C("auto", lambda: Parts(spaces.Discrete(2)), **TINY).learn(40).num_timesteps == 40
+    assert TD3("auto", lambda: Parts(parts["a"]), **OFF).learn(40).num_timesteps == 40
+    for space in (spaces.Dict(parts), spaces.Dict(a=parts["a"], b=spaces.Tuple([]))):
+        with pytest.raises(ValueError, match=r"to choose in each action, and there is nothing in .* in Dict"):
+            A2C("auto", lambda space=space: Parts(space))
 
 
 @pytest.mark.parametrize("cls", [DDPG, TD3])

@@ -103,7 +103,7 @@ def test_plots_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
             for repeat in range(2)
         )
     scaling(["--plot", "--out", str(tmp_path)])
-    picture = tmp_path / "images/scaling.svg"
+    picture = tmp_path / "scaling.svg"
     first = picture.read_bytes()
     scaling(["--plot", "--out", str(tmp_path)])
     assert picture.read_bytes() == first  # the same numbers, the same picture

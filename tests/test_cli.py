@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -267,8 +268,46 @@ def test_plot_and_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "A2C, format 1" in printed
     assert "policy/action_net.weight (2, 64) float32" in printed
     assert "full checkpoint: yes" in printed
+    assert "actions Discrete(2)" in printed and "policy = 'MlpPolicy'" in printed
     assert main(["inspect", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["env_id"] == "CartPole-v1"
+
+
+def test_a_run_that_another_process_trains_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the model that it left, and its log."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code = (
+        "import sys; from pathlib import Path; from sbac.hold import Hold\n"
+        "with Hold(Path('run/checkpoints/.model.lock'), ''): print('held', flush=True); sys.stdin.read()"
+    )
+    with _python("-c", code, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert main(["train", "--resume", "run", "--steps", "9000"]) == 2
+        assert "another process is writing checkpoints" in capsys.readouterr().err
+        holder.communicate("")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_cannot_be_taken_over_keeps_its_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "model.zip").read_bytes()
+    for path in (run / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="cannot be resumed from"):
+        assert main(["train", "--resume", "run", "--steps", "9000"]) == 2
+    assert "can be resumed from" in capsys.readouterr().err
+    assert (run / "model.zip").read_bytes() == before
+
+
+def test_inspect_shows_an_object_of_the_users_own_as_it_lies_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Own(torch.nn.Tanh):
+        pass
+
+    A2C("MlpPolicy", "CartPole-v1", policy_kwargs={"activation_fn": Own}).save(tmp_path / "own")
+    assert main(["inspect", str(tmp_path / "own.zip")]) == 0
+    printed = capsys.readouterr().out
+    assert 'policy_kwargs = {"activation_fn": {"__object__"' in printed and "of the user's own: yes" in printed
 
 
 class _Failing(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -486,9 +525,12 @@ def test_resume_takes_no_other_options_and_needs_a_run(run: Path, capsys: pytest
 
 
 def _process(*words: str, **keywords: Any) -> subprocess.Popen[str]:
+    return _python("-m", "sbac", *words, **keywords)
+
+
+def _python(*words: str, **keywords: Any) -> subprocess.Popen[str]:
     own = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    environment = {**os.environ, **own}
-    return subprocess.Popen([sys.executable, "-m", "sbac", *words], env=environment, text=True, **keywords)
+    return subprocess.Popen([sys.executable, *words], env={**os.environ, **own}, text=True, **keywords)
 
 
 def test_ctrl_c_in_a_process_leaves_no_traceback(folder: Path) -> None:
@@ -508,8 +550,9 @@ def test_a_second_sigterm_ends_the_process_at_once(folder: Path) -> None:
     words = "train ddpg Pendulum-v1 --steps 10000000 --out run --eval-freq 1 --eval-episodes 1000000".split()
     process = _process(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
-    while not Path("run/checkpoints").exists():
+    while not list(Path().glob("run/events.out*")):
         assert process.poll() is None
+    time.sleep(1)  # from the log to the first step
     process.send_signal(signal.SIGTERM)  # during an evaluation that takes for ever
     while "again: at once" not in process.stdout.readline():
         assert process.poll() is None

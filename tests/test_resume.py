@@ -7,9 +7,12 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sbac import A2C, DDPG, TD3
 from sbac import tape as tape_module
-from sbac.archive import ArchiveError
+from sbac.archive import ArchiveError, read_archive, write_archive
 from sbac.base import BaseAlgorithm
 from sbac.callbacks import (
     BaseCallback,
@@ -497,23 +500,138 @@ A2C("MlpPolicy", "CartPole-v1").learn(10, callback=Wait(10, sys.argv[1]))
 """
 
 
-def test_two_processes_cannot_write_checkpoints_of_one_prefix_into_one_folder(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdout.readline() == "holding\n"
+@contextmanager
+def another_process_training(folder: Path) -> Iterator[bool]:
+    """Yields whether it was let in."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
-        for resume in (False, True):
-            model, checkpoints = small(tmp_path)
-            with pytest.raises(ValueError, match="another process is writing checkpoints rl_model_"):
-                model.learn(20, callback=checkpoints, resume=resume)
-            assert model.num_timesteps == 0
-        model, checkpoints = small(tmp_path, name_prefix="other")
-        model.learn(20, callback=checkpoints)
+        assert holder.stdout is not None
+        yield holder.stdout.readline() == "holding\n"
     finally:
         holder.kill()
         holder.communicate()
-    model, checkpoints = small(tmp_path)
-    model.learn(20, callback=[checkpoints, CheckpointCallback(5, tmp_path)])
+
+
+def test_two_processes_cannot_write_checkpoints_of_one_prefix_into_one_folder(tmp_path: Path) -> None:
+    model, _ = small(tmp_path)
+    model.learn(20)
+    before = model.num_timesteps, model._obs.copy(), model.ep_info_buffer.copy()
+    with another_process_training(tmp_path) as is_in:
+        assert is_in
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="another process is writing checkpoints rl_model_"):
+                model.learn(20, callback=small(tmp_path)[1], resume=resume)
+            assert model.num_timesteps == before[0] and model.ep_info_buffer == before[2]
+            assert np.array_equal(model._obs, before[1]), "as if nobody had asked"
+        model.learn(20, callback=small(tmp_path, name_prefix="other")[1])
+    model.learn(20, callback=[small(tmp_path)[1], CheckpointCallback(5, tmp_path)])
     assert (tmp_path / "rl_model_20_steps.zip").exists(), "the dead hold nothing, nor does a process keep itself out"
+    assert not list(tmp_path.glob(".*"))
+
+
+class Meanwhile(BaseCallback):
+    """Does something at step 12, and sees whether another process is let in at step 28."""
+
+    def __init__(self, do: Callable[[], Any], folder: Path) -> None:
+        super().__init__()
+        self.do, self.folder = do, folder
+        self.was_let_in: bool | None = None
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 12:
+            self.do()
+        if self.num_timesteps == 28:
+            with another_process_training(self.folder) as self.was_let_in:
+                pass
+        return True
+
+
+@pytest.mark.parametrize("what", ["a copy", "a training inside", "a removed folder"])
+def test_a_folder_is_held_again_with_each_checkpoint(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    do: dict[str, Callable[[], Any]] = {
+        "a copy": lambda: shutil.copytree(folder, tmp_path / "copy"),  # closes the file, and so gives the lock back
+        "a training inside": lambda: small(folder)[0].learn(10, callback=small(folder)[1]),
+        "a removed folder": lambda: (shutil.rmtree(folder), folder.mkdir()),
+    }
+    model, checkpoints = small(folder)
+    meanwhile = Meanwhile(do[what], folder)
+    model.learn(40, callback=[checkpoints, meanwhile])
+    assert meanwhile.was_let_in is False
+    assert not (folder / ".rl_model.lock").exists()
+
+
+def test_a_folder_that_another_process_took_over_gets_no_more_checkpoints(tmp_path: Path) -> None:
+    """As may happen between two checkpoints."""
+
+    class TakenOver(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 12:
+                (tmp_path / ".rl_model.lock").unlink()
+                self.other = stack.enter_context(another_process_training(tmp_path))
+            return True
+
+    model, checkpoints = small(tmp_path)
+    taken = TakenOver()
+    with ExitStack() as stack:
+        with pytest.warns(UserWarning, match="checkpoint of step 20 was not written: another process writes there"):
+            model.learn(20, callback=[checkpoints, taken])
+        assert taken.other and (tmp_path / ".rl_model.lock").exists(), "it is the other's"
+    assert model.num_timesteps == 20
+
+
+def test_a_folder_is_let_go_when_a_callback_cannot_begin(tmp_path: Path) -> None:
+    class Bad(BaseCallback):
+        def _init_callback(self) -> None:
+            raise OSError("no such device")
+
+    model, checkpoints = small(tmp_path)
+    with pytest.raises(OSError, match="no such device"):
+        model.learn(20, callback=[checkpoints, Bad()])
+    with another_process_training(tmp_path) as is_in:
+        assert is_in
+    with pytest.raises(ValueError, match="name_prefix begins the names of files in save_path, so it cannot be 'a/b'"):
+        CheckpointCallback(10, tmp_path, "a/b")
+
+
+def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".rl_model.lock").mkdir()  # stands for a file that cannot be opened
+    model, checkpoints = small(tmp_path)
+    assert model.learn(20, callback=checkpoints).num_timesteps == 20
+    (tmp_path / ".rl_model.lock").rmdir()
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    model, checkpoints = small(tmp_path)
+    assert model.learn(20, callback=checkpoints).num_timesteps == 20
+
+
+@pytest.mark.parametrize("written", [-1, 2**63, 1.5, True, "12", None, [3]])
+def test_a_checkpoint_that_says_nonsense_of_its_time_comes_before_the_others(written: Any, tmp_path: Path) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(30, callback=checkpoints)
+    path = tmp_path / "rl_model_10_steps.zip"
+    file = read_archive(path)
+    assert file.state is not None
+    file.state["run"]["written"] = written
+    write_archive(path, file)
+    assert [one.name for one in checkpoints.checkpoints()] == [f"rl_model_{n}_steps.zip" for n in (10, 20, 30)]
+
+
+def test_a_checkpoint_whose_spaces_are_none_is_passed_over(tmp_path: Path) -> None:
+    model, checkpoints = small(tmp_path)
+    model.learn(20, callback=checkpoints)
+    file = read_archive(tmp_path / "rl_model_20_steps.zip")
+    file.config["action_space"] = 5
+    write_archive(tmp_path / "rl_model_20_steps.zip", file)
+    model, checkpoints = small(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"the one before is tried: .*20_steps\.zip: config.json does not describe the"
+    ):
+        model.learn(20, callback=checkpoints, resume=True)
+    assert model.num_timesteps == 20
 
 
 def test_own_objects_need_no_leave_to_be_resumed_since_the_script_has_them(tmp_path: Path) -> None:

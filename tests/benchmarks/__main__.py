@@ -57,7 +57,7 @@ Each point is the median of some repeats, and the band goes from the least to th
 so that cost that grows as the work does is a straight line. On the same machine:
 
 ![Steps a second over environments and workers, time of an update over batch and width, memory over the size of a
-buffer](images/scaling.svg)
+buffer](scaling.svg)
 
 ```console
 $ python -m tests.benchmarks.scaling

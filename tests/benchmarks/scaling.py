@@ -1,6 +1,6 @@
 """How cost grows with the work: environments, batches, widths, buffers, workers. Run on idle cores.
 
-    python -m tests.benchmarks.scaling               # measures; writes docs/scaling.csv and docs/images/scaling.svg
+    python -m tests.benchmarks.scaling               # measures; writes docs/scaling.csv and docs/scaling.svg
     python -m tests.benchmarks.scaling workers       # one of the plots; keeps the rest
     python -m tests.benchmarks.scaling --plot        # only draws them anew
 
@@ -123,7 +123,7 @@ PLOTS: dict[str, Plot] = {
         {side: _update(side, of_batch=False) for side in ("sbac", PRODUCTS)},
     ),
     "memory": Plot(
-        "Replay buffer, 17 float64 and 6 actions, full",
+        "Full replay buffer, HalfCheetah-v5",
         "transitions",
         "MiB",
         (10_000, 30_000, 100_000, 300_000, 1_000_000),
@@ -132,7 +132,7 @@ PLOTS: dict[str, Plot] = {
     "workers": Plot(
         "A3C, CartPole-v1",
         "workers",
-        "steps a second, all together",
+        "steps a second",
         (1, 2, 4),
         {
             "8 environments each": lambda n: workers_speed(n, 8, 20, 40_000),
@@ -182,7 +182,9 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "scaling"  # the same file from the same numbers
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4))
     for axis, (name, plot) in zip(axes.flat, PLOTS.items(), strict=False):
-        for side, colour in zip(plot.sides, ("#0072b2", "#d55e00", "#7f7f7f"), strict=False):
+        own = iter(("#0072b2", "#d55e00"))
+        for side in plot.sides:
+            colour = "#7f7f7f" if side in (SB3, PRODUCTS) else next(own)
             points = [(x, found) for x in plot.xs if (found := _values(rows, name, side, x))]
             xs = [x for x, _ in points]
             axis.plot(xs, [median(found) for _, found in points], "o-", color=colour, label=side, markersize=4)
@@ -191,6 +193,8 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         axis.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label, xscale="log", yscale="log")
         axis.set_xticks(plot.xs, [f"{x:,}" if x < 10_000 else f"{x // 1_000:,}k" for x in plot.xs], minor=False)
         axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,.6g}"))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -207,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="PLOT", help=f"which (default: all): {', '.join(PLOTS)}")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of scaling.csv and images/scaling.svg")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of scaling.csv and scaling.svg")
     parser.add_argument("--plot", action="store_true", help="measure nothing, and only draw")
     parser.add_argument("--point", nargs=3, metavar=("PLOT", "SIDE", "X"), help="measure this point here, and print it")
     options = parser.parse_args(arguments)
@@ -224,8 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         names = options.names or list(PLOTS)
         rows = table.renew(path, COLUMNS, names, lambda: measure(names, options.repeats))
-    (options.out / "images").mkdir(exist_ok=True)
-    draw(rows, options.out / "images/scaling.svg")
+    draw(rows, options.out / "scaling.svg")
 
 
 if __name__ == "__main__":
