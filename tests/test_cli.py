@@ -547,12 +547,13 @@ def test_ctrl_c_in_a_process_leaves_no_traceback(folder: Path) -> None:
 
 
 def test_a_second_sigterm_ends_the_process_at_once(folder: Path) -> None:
-    words = "train ddpg Pendulum-v1 --steps 10000000 --out run --eval-freq 1 --eval-episodes 1000000".split()
+    frequencies = "--checkpoint-freq 1 --eval-freq 2 --eval-episodes 1000000"
+    words = f"train ddpg Pendulum-v1 --steps 10000000 --out run {frequencies}".split()
     process = _process(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
-    while not list(Path().glob("run/events.out*")):
+    while not Path("run/checkpoints/model_1_steps.zip").exists():
         assert process.poll() is None
-    time.sleep(1)  # from the log to the first step
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # during an evaluation that takes for ever
     while "again: at once" not in process.stdout.readline():
         assert process.poll() is None
