@@ -410,7 +410,8 @@ class Killer(BaseCallback):
 @pytest.mark.filterwarnings("ignore:worker .* was killed by SIGKILL")
 def test_a3c_learns_cart_pole_although_thirty_workers_are_killed():
     # Step sizes that fall to 0, as in the paper: the last policy is then no matter of the moment at which it ends.
-    model = A3C("MlpPolicy", "CartPole-v1", "lin_0.001", n_workers=2, n_envs=4, max_worker_restarts=30, seed=0)
+    falling = LinearSchedule(1e-3, 0.0)
+    model = A3C("MlpPolicy", "CartPole-v1", falling, n_workers=2, n_envs=4, max_worker_restarts=30, seed=0)
     killer = Killer()
     model.learn(200_000, callback=killer)
     assert (killer.kills, model.num_timesteps) == (30, 200_000)
