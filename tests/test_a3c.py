@@ -417,7 +417,7 @@ def test_a3c_learns_cart_pole_although_thirty_workers_are_killed():
     assert (killer.kills, model.num_timesteps) == (30, 200_000)
     assert np.isfinite(model.policy.flat.detach().numpy()).all()
     # Workers that run freely make no two runs alike. Of those tried all had 500; 475 counts as solved, 22 is chance.
-    assert evaluate_policy(model, "CartPole-v1", 50, seed=1000)[0] >= 250
+    assert evaluate_policy(model, "CartPole-v1", 50, seed=1000)[0] >= 400
 
 
 def test_a_worker_that_raises_is_replaced_until_it_is_too_much():
