@@ -126,15 +126,7 @@ def load(
         count = given.get(name)
         if name not in overrides and isinstance(count, int) and count > _MAX_COUNT:
             raise ArchiveError(f"{path}: {name} is {count}, more than the {_MAX_COUNT} that a file may ask for")
-    try:
-        known = Spaces(
-            decode(file.config["observation_space"]), decode(file.config["action_space"]), int(given["n_envs"])
-        )
-        for space in (known.observation_space, known.action_space):
-            if not isinstance(space, gymnasium.Space):
-                raise TypeError(f"{space!r} is no space")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArchiveError(f"{path}: config.json does not describe the model's spaces: {error}") from error
+    known = _stored_spaces(file, path, given.get("n_envs"))
     made: Any = known
     if env is not None:
         made = cls.open_environments(env, number_to_make(env, known.n_envs))
@@ -182,7 +174,7 @@ def restore(model: Any, path: PathLike, segments: Segments) -> tuple[dict[str, A
         run = decode(file.state.get("run", {}))
     except ValueError as error:
         raise ArchiveError(f"{path}: the state of the run cannot be read: {error}") from error
-    require_spaces(model, _stored_spaces(model, file, path), f"the run of {path}")
+    require_spaces(model, _stored_spaces(file, path, model.n_envs, instead=model), f"the run of {path}")
     remarks = [*_changed_arguments(model, file), *_restore(model, file, path)]
     if "replay_segments" in file.state and _has_same_environments(model, file):
         segments.adopt(file.state["replay_segments"], model.replay_buffer)
@@ -202,19 +194,31 @@ def referred_segments(path: PathLike) -> list[str]:
         raise ArchiveError(f"{path}: the segments of its replay buffer cannot be read: {error!r}") from error
 
 
-def _stored_spaces(model: Any, file: Archive, path: Any) -> Spaces:
-    """The spaces in a file; of one that is an object of the user's own, which the script has, that of the model."""
+def _stored_spaces(file: Archive, path: Any, n_envs: Any, instead: Any = None) -> Spaces:
+    """The spaces in a file.
+
+    Args:
+        file: The file.
+        path: Where it lies.
+        n_envs: Of the model.
+        instead: A model whose space stands in for one that is an object of the user's own, which the script has.
+
+    Raises:
+        ArchiveError: There are none.
+    """
     found = {}
     for name in ("observation_space", "action_space"):
         try:
             found[name] = decode(file.config[name])
-        except MissingObjectError:
-            found[name] = getattr(model, name)
+            if not isinstance(found[name], gymnasium.Space):
+                raise ValueError(f"{found[name]!r} is no space")
         except (KeyError, ValueError) as error:
-            raise ArchiveError(f"{path}: config.json does not describe the {name}: {error!r}") from error
-        if not isinstance(found[name], gymnasium.Space):
-            raise ArchiveError(f"{path}: config.json does not describe the {name}: {found[name]!r}")
-    return Spaces(**found, n_envs=model.n_envs)
+            if not isinstance(error, MissingObjectError) or instead is None:
+                raise ArchiveError(f"{path}: config.json does not describe the {name}: {error}") from error
+            found[name] = getattr(instead, name)
+    if type(n_envs) is not int:
+        raise ArchiveError(f"{path}: config.json does not describe the number of environments, but has {n_envs!r}")
+    return Spaces(**found, n_envs=n_envs)
 
 
 def written_at(path: Path) -> tuple[bool, int]:

@@ -26,7 +26,7 @@ from sbac.perceptron import Gradient, Perceptron, Trace, is_hooked
 from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
-from sbac.trees import Tree, batch_size
+from sbac.trees import Tree
 
 
 class Actor(Trainable):
@@ -361,7 +361,7 @@ class DeterministicActorCritic(BasePolicy):
         if action is None:
             with torch.no_grad():
                 action = self.actor(obs_to_tensor(obs, self.device)).cpu().numpy()
-        return action.reshape(batch_size(obs), *(self.action_space.shape or ()))
+        return action.reshape(len(action), *(self.action_space.shape or ()))
 
     def forward(self, obs: Tensor) -> Tensor:
         """mu(s) for a batch of observations: (B, action_dim)."""

@@ -34,8 +34,10 @@ class _Layer(NamedTuple):
     """A linear layer and the activation behind it, as tensors and as arrays that share the parameters' memory."""
 
     weight: Tensor  # (n_out, n_in)
+    weight_t: Tensor  # (n_in, n_out)
     bias: Tensor  # (n_out,)
     weight_array: np.ndarray
+    weight_array_t: np.ndarray  # (n_in, n_out)
     bias_array: np.ndarray
     weight_id: int  # of the module's parameter
     bias_id: int
@@ -127,7 +129,7 @@ class _Found(NamedTuple):
         parameters = [p for holder in self.holders for p in holder.values() if p is not None]
         if [*map(id, parameters)] != self.ids:  # others may lie in the same memory
             return False
-        return bool(self.parts) and [p.data_ptr() for p in parameters] == self.addresses
+        return bool(self.parts) and [*map(Tensor.data_ptr, parameters)] == self.addresses
 
     def has_own_forward(self) -> bool:
         """Whether somebody gave one of the modules another `forward`."""
@@ -193,7 +195,10 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it another `forward`."""
-    return "forward" in module.__dict__ or any(_hooks(module))
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    return "forward" in own
 
 
 def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
@@ -208,7 +213,7 @@ def _is_watched() -> bool:
     """Whether torch looks at each operation: it traces, compiles, transforms, counts or casts."""
     return bool(
         torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch.compiler.is_compiling()
         or _has_any_global_hook()
         or torch._C._len_torch_dispatch_stack()
@@ -227,7 +232,8 @@ def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[Any]) -> list[_L
     for module in modules:
         if type(module) is nn.Linear and _is_usual(module.weight) and _is_usual(module.bias):
             weight, bias = module.weight.detach(), module.bias.detach()
-            layers.append(_Layer(weight, bias, weight.numpy(), bias.numpy(), id(module.weight), id(module.bias)))
+            arrays = weight.numpy(), weight.numpy().T, bias.numpy()
+            layers.append(_Layer(weight, weight.t(), bias, *arrays, id(module.weight), id(module.bias)))
         elif type(module) in _ACTIVATIONS and layers and layers[-1].activation is None:
             layers[-1] = layers[-1]._replace(activation=_ACTIVATIONS[type(module)])
         elif type(module) is not nn.Sequential or all(module is not part for part in parts):
@@ -244,7 +250,7 @@ def _forward_arrays(layers: Sequence[_Layer], x: np.ndarray) -> list[np.ndarray]
     kept = [x]
     with np.errstate(all="ignore"):  # what is not finite is noticed later, as with torch
         for layer in layers:
-            x = x @ layer.weight_array.T
+            x = x.dot(layer.weight_array_t)  # of small matrices, sooner than matmul, which gives the same
             x += layer.bias_array
             if layer.activation == "relu":
                 np.maximum(x, 0, out=x)
@@ -258,7 +264,7 @@ def _forward(layers: Sequence[_Layer], x: Tensor) -> list[Tensor]:
     """As `_forward_arrays`, by torch."""
     kept = [x]
     for layer in layers:
-        x = torch.addmm(layer.bias, x, layer.weight.t())
+        x = torch.addmm(layer.bias, x, layer.weight_t)
         if layer.activation == "relu":
             x.relu_()
         elif layer.activation == "tanh":
@@ -285,11 +291,11 @@ def _backward_arrays(
             gradient = np.multiply(gradient, slope, out=slope)
         weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
         if weight is not None and weight.array is not None:
-            weight.array.__iadd__(gradient.T @ below)
+            weight.array.__iadd__(gradient.T.dot(below))
         if bias is not None and bias.array is not None:
             bias.array.__iadd__(gradient.sum(0))
         if k > 0 or is_input_asked:
-            gradient = gradient @ layer.weight_array
+            gradient = gradient.dot(layer.weight_array)
     return gradient
 
 

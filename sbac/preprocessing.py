@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import nn
+from torch import Tensor, nn
 
 from sbac.trees import Tree, leaves, space_tree, tree_map
 
@@ -28,18 +30,35 @@ def preprocess(obs: Tree, space: spaces.Space[Any], normalize_images: bool = Tru
         As float32: a Box or MultiBinary in its shape, a Discrete as one-hot (B, n), a MultiDiscrete as the one-hot
         vectors of its parts in a row, a tree leaf by leaf.
     """
-    if isinstance(space, spaces.Box):
-        return obs.float() / 255 if normalize_images and is_image_space(space) else obs.float()
+    return tree_map(lambda read, leaf: read(leaf), _readers(space, normalize_images), obs)
+
+
+def _readers(space: spaces.Space[Any], normalize_images: bool) -> Tree:
+    """What `preprocess` does with each leaf of a space, so that it need not look at the space each time."""
+    return tree_map(lambda leaf: _reader(leaf, normalize_images), space_tree(space))
+
+
+def _reader(space: spaces.Space[Any], normalize_images: bool) -> Callable[[Tensor], Tensor]:
     if isinstance(space, spaces.Discrete):
-        return nn.functional.one_hot(obs.long() - int(space.start), int(space.n)).float()
+        return partial(_one_hot, start=int(space.start), n=int(space.n))
     if isinstance(space, spaces.MultiDiscrete):
         n_values = space.nvec.reshape(-1)
-        first = torch.as_tensor(np.cumsum(n_values) - n_values - space.start.reshape(-1), device=obs.device)
-        hot = torch.zeros(len(obs), int(n_values.sum()), device=obs.device)
-        return hot.scatter_(1, obs.reshape(len(obs), -1).long() + first, 1.0)
-    if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return tree_map(lambda leaf, values: preprocess(values, leaf, normalize_images), space_tree(space), obs)
-    return obs.float()
+        first = torch.as_tensor(np.cumsum(n_values) - n_values - space.start.reshape(-1))
+        return partial(_one_hot_row, first=first, width=int(n_values.sum()))
+    return _unit_range if normalize_images and is_image_space(space) else Tensor.float
+
+
+def _one_hot(values: Tensor, start: int, n: int) -> Tensor:
+    return nn.functional.one_hot(values.long() - start, n).float()
+
+
+def _one_hot_row(values: Tensor, first: Tensor, width: int) -> Tensor:
+    hot = torch.zeros(len(values), width, device=values.device)
+    return hot.scatter_(1, values.reshape(len(values), -1).long() + first.to(values.device), 1.0)
+
+
+def _unit_range(pixels: Tensor) -> Tensor:
+    return pixels.float() / 255
 
 
 def flat_dim(space: spaces.Space[Any]) -> int:
@@ -100,7 +119,6 @@ class Preprocessor(nn.Module):
                 "policy_kwargs: channels_last=True is for images, which are Boxes of uint8 in three dimensions, from 0 "
                 f"to 255; there is none in {observation_space}: gymnasium.wrappers.TransformObservation can make one"
             )
-        self.normalize_images = normalize_images
         self.normalizer = normalizer
 
         def turns(leaf: spaces.Space[Any]) -> bool:
@@ -109,6 +127,7 @@ class Preprocessor(nn.Module):
         self._turns = tree_map(turns, space_tree(observation_space))
         self._turns_any = any(turn for _, turn in leaves(self._turns))
         self.space = _turned(observation_space, self._turns)
+        self._readers = _readers(self.space, normalize_images)
         self.is_of_vectors = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 1
 
     @property
@@ -122,7 +141,7 @@ class Preprocessor(nn.Module):
             obs = self.normalizer(obs)
         if self._turns_any:
             obs = tree_map(lambda turn, leaf: leaf.permute(0, 3, 1, 2) if turn else leaf, self._turns, obs)
-        return preprocess(obs, self.space, self.normalize_images)
+        return tree_map(lambda read, leaf: read(leaf), self._readers, obs)
 
     def describe_images(self) -> list[str]:
         """A line for each image: where it stands, its size, and which dimension was taken for its channels."""

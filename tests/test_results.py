@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,9 +93,18 @@ def test_a_folder_of_another_recipe_is_not_gone_on_with(here: Path, capsys: pyte
         assert [line["seed"] for line in csv.DictReader(file)] == ["0"]
 
 
-def test_two_runners_do_not_work_in_one_folder(here: Path) -> None:
-    with run.alone_in(here / "runs/results"), pytest.raises(SystemExit, match="another runner works in"):
-        run.main(["a2c/CartPole-v1", "--rows", "rows.toml", "--out", "manual/results"])
+def test_two_runners_do_not_work_in_one_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "runs/results").mkdir(parents=True)
+    code = (
+        "import sys; from pathlib import Path; from sbac.hold import Hold\n"
+        "with Hold(Path('runs/results/runner.lock'), ''): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit):
+            run.main(["a2c/CartPole-v1", "--rows", "rows.toml", "--out", "manual/results"])
+        assert "--runs runs/results: another runner works there; wait for it" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -516,7 +516,7 @@ def test_what_is_no_space_makes_no_model_also_beside_an_environment(make_model, 
     archive = read_archive(tmp_path / "model")
     archive.config[space], _ = encode(torch.nn.Module)
     write_archive(tmp_path / "model", archive)
-    with pytest.raises(ArchiveError, match=r"does not describe the model's spaces: <class .*Module.* is no space"):
+    with pytest.raises(ArchiveError, match=rf"does not describe the {space}: <class .*Module.* is no space"):
         make_model.cls.load(tmp_path / "model", env="CartPole-v1")
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import json
 import os
 import platform
@@ -29,13 +28,14 @@ import threading
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import sbac
+from sbac.hold import Hold
 from sbac.plotting import plot_learning_curve
 from sbac.recipes import read_recipe
 
@@ -281,22 +281,6 @@ class Runner:
             temporary.replace(path)
 
 
-@contextmanager
-def alone_in(runs: Path) -> Iterator[None]:
-    """Keep other runners out of a folder of trainings.
-
-    Raises:
-        SystemExit: One is at work there.
-    """
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / "runner.lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit(f"another runner works in {runs}: wait for it, or give this one another --runs") from None
-        yield
-
-
 def trained_steps(folder: Path) -> int:
     """How far the model in a run's folder has come."""
     with suppress(FileNotFoundError, sbac.ArchiveError):
@@ -341,6 +325,13 @@ def page(rows: Sequence[Row], sources: dict[str, dict[str, str]], out: Path) -> 
     return "\n".join(lines) + "\n"
 
 
+def write(rows: list[Row], chosen: list[Row], sources: dict[str, dict[str, str]], runs: Path, out: Path) -> None:
+    """Write the page, and the curves of the chosen rows."""
+    for row in chosen:
+        draw_curve(row, runs, out)
+    (out.parent / "results.md").write_text(page(rows, sources, out), encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -360,19 +351,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [row for row in rows if not options.names or row.name in options.names]
 
     options.out.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    failures = 0
-    try:
-        if not options.table:
-            with alone_in(options.runs):
-                failures = Runner(options.runs, options.out, options.jobs).run(chosen)
-    except KeyboardInterrupt:
-        failures = 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        for row in chosen:
-            draw_curve(row, options.runs, options.out)
-        (options.out.parent / "results.md").write_text(page(rows, sources, options.out), encoding="utf-8")
+    if options.table:
+        write(rows, chosen, sources, options.runs, options.out)
+        return 0
+    options.runs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(Hold(options.runs / "runner.lock", "another runner works there"))
+        except ValueError as error:
+            parser.error(f"--runs {options.runs}: {error}; wait for it, or name another folder")
+        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        try:
+            failures = Runner(options.runs, options.out, options.jobs).run(chosen)
+        except KeyboardInterrupt:
+            failures = 1
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            write(rows, chosen, sources, options.runs, options.out)
     return 1 if failures else 0
 
 
