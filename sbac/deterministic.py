@@ -242,7 +242,8 @@ def _features(network: Actor | Critic, obs: Tree) -> Tensor:
 
 def _reads_as_it_is(network: Actor | Critic) -> bool:
     """Whether the perceptrons of a network read observations as they are, but for the dtype."""
-    body, preprocessor = network.features_extractor, network.preprocessor
+    parts: Any = network._modules
+    body, preprocessor = parts["features_extractor"], network.preprocessor
     # As `Preprocessor.is_identity`, without a way through another file at each update.
     is_identity = preprocessor.is_of_vectors and preprocessor.normalizer is None and type(preprocessor) is Preprocessor
     is_flat = type(body) is FlattenExtractor and is_identity
@@ -357,7 +358,8 @@ class DeterministicActorCritic(BasePolicy):
 
     def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
         """mu(s) for observations (n, *obs_shape): (n, *action_shape). There is nothing to draw."""
-        action = self.actor.act(obs)
+        parts: Any = self._modules  # found sooner than as attributes, which counts for a single observation
+        action = parts["actor"].act(obs)
         if action is None:
             with torch.no_grad():
                 action = self.actor(obs_to_tensor(obs, self.device)).cpu().numpy()
@@ -369,8 +371,9 @@ class DeterministicActorCritic(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """As `nn.Module.train`, for actor and critic; targets always evaluate."""
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
+        parts: Any = self._modules
+        parts["actor"].set_training_mode(mode)
+        parts["critic"].set_training_mode(mode)
 
 
 class CnnDeterministicActorCritic(DeterministicActorCritic):
