@@ -198,31 +198,39 @@ def floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) 
         return _rate(update, int(200 * share))
 
     def products(share: float) -> float:
-        def layers(n_in: int, n_out: int) -> list[tuple[int, int]]:
-            return list(zip((n_in, *net_arch), (*net_arch, n_out), strict=True))
+        def network(n_in: int, n_out: int) -> list[torch.Tensor]:
+            sizes = zip((n_in, *net_arch), (*net_arch, n_out), strict=True)
+            return [torch.randn(above, below) / below**0.5 for below, above in sizes]
 
-        actor, critic = layers(obs_dim, action_dim), layers(obs_dim + action_dim, 1)
-        # Each update: both targets, both critics forwards and backwards. Each second one: actor forwards and backwards,
-        # one critic forwards and backwards to its actions.
-        forward, backward = [*actor, *critic * 4], [*critic * 2]
-        delayed_forward, delayed_backward, to_input = [*actor, *critic], [*actor], [*critic]
-        shapes = {*actor, *critic}
-        x = {n: torch.randn(batch, n) for shape in shapes for n in shape}
-        w = {shape: torch.randn(shape[1], shape[0]) for shape in shapes}
+        def forward(weights: list[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+            kept = [x]
+            for w in weights:
+                kept.append(kept[-1].mm(w.t()))
+            return kept
 
-        def both_passes(forwards: list[Any], backwards: list[Any], inputs: list[Any]) -> None:
-            for n_in, n_out in forwards:
-                x[n_in].mm(w[n_in, n_out].t())
-            for n_in, n_out in backwards:
-                x[n_out].t().mm(x[n_in])
-            for n_in, n_out in inputs:
-                x[n_out].mm(w[n_in, n_out])
+        def backward(weights: list[torch.Tensor], kept: list[torch.Tensor], learns: bool, to_input: bool) -> None:
+            gradient = kept[-1]
+            for k in range(len(weights) - 1, -1, -1):
+                if learns:
+                    gradient.t().mm(kept[k])
+                if k > 0 or to_input:
+                    gradient = gradient.mm(weights[k])
+
+        # Each network has weights of its own, as in an update, which has to fetch them all.
+        obs, joined = torch.randn(batch, obs_dim), torch.randn(batch, obs_dim + action_dim)
+        actor, actor_target = [network(obs_dim, action_dim) for _ in range(2)]
+        critic, other_critic, *critic_targets = [network(obs_dim + action_dim, 1) for _ in range(4)]
 
         def update(n: int) -> None:
             for k in range(n):
-                both_passes(forward, backward, backward[1:])
+                forward(actor_target, obs)
+                for weights in critic_targets:
+                    forward(weights, joined)
+                for weights in (critic, other_critic):
+                    backward(weights, forward(weights, joined), learns=True, to_input=False)
                 if k % 2:
-                    both_passes(delayed_forward, delayed_backward, [*delayed_backward[1:], *to_input])
+                    backward(critic, forward(critic, joined), learns=False, to_input=True)
+                    backward(actor, forward(actor, obs), learns=True, to_input=False)
 
         update(20)
         return _rate(update, int(200 * share))
