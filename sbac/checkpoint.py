@@ -23,6 +23,7 @@ from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, t
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make, require_spaces
+from sbac.guards import require_whole
 from sbac.observations import split_mask
 from sbac.optimization import require_statistics, without_compiler
 from sbac.preprocessing import Preprocessor
@@ -126,6 +127,8 @@ def load(
         count = given.get(name)
         if name not in overrides and isinstance(count, int) and count > _MAX_COUNT:
             raise ArchiveError(f"{path}: {name} is {count}, more than the {_MAX_COUNT} that a file may ask for")
+    if "n_envs" in overrides:
+        given["n_envs"] = require_whole("n_envs", overrides["n_envs"], 1)
     known = _stored_spaces(file, path, given.get("n_envs"))
     made: Any = known
     if env is not None:

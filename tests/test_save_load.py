@@ -278,6 +278,15 @@ def test_a_model_saved_between_acting_and_learning_goes_on_without_its_buffer(ma
     assert loaded.n_updates > updates
 
 
+def test_the_number_of_environments_may_be_given_in_place_of_the_files(make_model, tmp_path):
+    make_model(n_envs=2).save(tmp_path / "model")
+    for given in (np.int64(3), 3.0):
+        assert make_model.cls.load(tmp_path / "model", n_envs=given).n_envs == 3
+        assert make_model.cls.load(tmp_path / "model", env=make_model.env_id, n_envs=given).n_envs == 3
+    with pytest.raises(ValueError, match="n_envs must be a whole number, at least 1, not '3'"):
+        make_model.cls.load(tmp_path / "model", n_envs="3")
+
+
 @pytest.mark.parametrize(("saved_with", "loaded_with"), [(2, 1), (2, 3), (1, 2)])
 def test_a_checkpoint_may_go_on_with_another_number_of_environments(make_model, tmp_path, saved_with, loaded_with):
     model = make_model(n_envs=saved_with)
