@@ -31,6 +31,7 @@ from sbac.plotting import plot_learning_curve
 from sbac.recipes import read_recipe, read_value, registered_id
 from sbac.resume import folders_held
 from sbac.video import check_film, write_video
+from sbac.window import is_window_closed, ready_window
 
 DEFAULT_ALGORITHM, DEFAULT_ENV = "a2c", "CartPole-v1"
 DEFAULT_STEPS = 100_000  # where neither --steps nor a recipe says how long
@@ -429,6 +430,8 @@ def _watch(options: argparse.Namespace) -> int:
     file = _model_file(options.model)
     env_id = _env_of(options, file)
     model = load(file, device=options.device)
+    if options.video is None:
+        ready_window()
     render_mode = "human" if options.video is None else "rgb_array"
     door = make_environments(lambda: gymnasium.make(env_id, render_mode=render_mode))
     model.check_env(door)
@@ -443,6 +446,9 @@ def _watch(options: argparse.Namespace) -> int:
             action, _ = model.predict(obs, deterministic=not options.stochastic)
             obs, reward, terminated, truncated, _ = env.step(action)
             total, ended, length = total + float(reward), terminated or truncated, length + 1
+            if options.video is None and is_window_closed():
+                env.close()
+                return 0
         if options.video is not None:
             frames.append(env.render())
         print(f"episode {episode + 1}: return {total:.2f}, {length} steps")

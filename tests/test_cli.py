@@ -17,6 +17,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import pygame
 import pytest
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv
@@ -257,6 +258,36 @@ def test_watch_writes_films(run: Path, capsys: pytest.CaptureFixture[str], monke
     assert Path("run.mp4").stat().st_size > 1000
     assert main(["watch", "run", "--video", "run.avi"]) == 2
     assert main(["watch", "run", "--episodes", "1"]) == 0  # a window, on a screen that nobody sees
+
+
+def test_watch_ends_when_its_window_is_closed(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    pygame.display.init()
+    pygame.event.post(pygame.event.Event(pygame.QUIT))
+    assert main(["watch", "run", "--episodes", "3"]) == 0
+    assert "episode 1" not in capsys.readouterr().out
+    assert not pygame.display.get_init(), "closed again"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have a display of their own")
+def test_watch_ends_on_sigterm_and_says_where_nothing_is_seen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    code = (
+        "import gymnasium, sys; from sbac import cli\n"
+        "step = gymnasium.wrappers.TimeLimit.step\n"
+        "def told(self, action): print('steps', flush=True); return step(self, action)\n"
+        "gymnasium.wrappers.TimeLimit.step = told\n"
+        "sys.exit(cli.main(['watch', 'run', '--episodes', '1000']))"
+    )
+    with _python("-c", code, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watcher:
+        assert watcher.stdout is not None and watcher.stderr is not None
+        assert watcher.stdout.readline() == "steps\n"
+        watcher.terminate()
+        assert watcher.wait(20) == -signal.SIGTERM
+        assert "there is no display here" in watcher.stderr.read()
 
 
 def test_plot_and_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
