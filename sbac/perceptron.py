@@ -195,10 +195,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it another `forward`."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return True
-    return "forward" in own
+    return "forward" in module.__dict__ or any(_hooks(module))
 
 
 def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
