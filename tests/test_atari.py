@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import Any
 
@@ -56,7 +55,6 @@ def test_a_square_is_found_in_an_image() -> None:
     assert score() > 9
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ale_py") is None, reason="ale-py is an extra")
 def test_pong_runs_for_ten_thousand_frames() -> None:
     model = A2C("auto", lambda: make_atari("ALE/Pong-v5"), n_envs=4, seed=0)
     assert model.observation_space == spaces.Box(0, 255, (4, 84, 84), np.uint8)

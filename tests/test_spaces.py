@@ -280,7 +280,7 @@ def test_channels_are_found_and_can_be_told(shape: tuple[int, ...], last: bool) 
 
 def test_channels_last_is_true_false_or_none() -> None:
     with pytest.raises(ValueError, match="channels_last must be True, False or None, not 'last'"):
-        Preprocessor(spaces.Box(0, 255, (40, 40, 3), np.uint8), channels_last="last")  # type: ignore[arg-type]
+        Preprocessor(spaces.Box(0, 255, (40, 40, 3), np.uint8), channels_last="last")
 
 
 @pytest.mark.parametrize("space", [spaces.Box(0, 1, (40, 40, 3)), spaces.Box(0, 255, (5,), np.uint8)])

@@ -185,7 +185,7 @@ def test_shared_statistics_begin_as_the_optimizers_own_do(optimizer, first):
 
 def test_what_an_optimizer_keeps_in_new_tensors_cannot_be_shared():
     class Renewing(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> None:
             for parameter in self.param_groups[0]["params"]:
                 self.state[parameter]["sum"] = self.state[parameter].get("sum", 0) + parameter.grad
 
