@@ -319,7 +319,7 @@ def find_file(path: Path) -> Path:
     """The file that a path means: as in writing, a name without a suffix is that of the .zip first.
 
     Raises:
-        FileNotFoundError: There is none; the message names the most similar one beside it.
+        FileNotFoundError: There is none; the message names the most similar .zip beside it.
         IsADirectoryError: It is a folder.
     """
     zipped = Path(f"{path}.zip")
@@ -330,10 +330,10 @@ def find_file(path: Path) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a model file")
 
-    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    neighbours = [entry.name for entry in path.parent.glob("*.zip")]
     nearest = difflib.get_close_matches(candidates[0].name, neighbours, n=1, cutoff=0.5)
-    hint = f"; did you mean {str(path.parent / nearest[0])!r}?" if nearest else ""
-    raise FileNotFoundError(f"no model file {str(path)!r}{hint}")
+    hint = f"did you mean {str(path.parent / nearest[0])!r}?" if nearest else "give a .zip that a model's save wrote"
+    raise FileNotFoundError(f"no model file {str(path)!r}; {hint}")
 
 
 class _Reader:
