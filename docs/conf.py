@@ -1,6 +1,6 @@
-"""Settings of the manual. Build it with ``python -m sphinx docs docs/_build/html``; that needs no network.
+"""Settings of the manual. Build it with ``python -m sphinx docs docs/_build/html``.
 
-A browser fetches MathJax, to draw the equations.
+Neither that nor reading it needs a network: MathJax, which draws the equations, lies beside the pages.
 """
 
 import re
@@ -16,7 +16,13 @@ project = "sbac"
 release = re.search(r'^__version__ = "(.+)"$', (ROOT / "sbac/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 version = release
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_static_path = ["_static"]
