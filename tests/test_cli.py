@@ -617,3 +617,13 @@ def test_python_m_sbac_is_the_command() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-m", "sbac", "--version"], env=environment, capture_output=True, text=True)
     assert done.stdout.startswith("sbac ")
+
+
+def test_the_manual_shows_the_help_that_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    page = (Path(__file__).parent.parent / "docs" / "guide" / "command-line.md").read_text(encoding="utf-8")
+    assert f"$ sbac --help\n{capsys.readouterr().out}```" in page

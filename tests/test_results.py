@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -142,6 +143,18 @@ def test_rows_that_cannot_be_run_are_refused(tmp_path: Path, entry: str, message
     file.write_text(f'[[row]]\nalgorithm = "a2c"\n{entry}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         run.read_rows(file)
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "a3c", "ddpg", "td3"])
+def test_the_pages_of_the_methods_have_the_same_figures(algorithm: str) -> None:
+    page = (run.HERE.parent / "methods" / f"{algorithm}.md").read_text(encoding="utf-8")
+    expected = []
+    for row in run.read_rows(run.HERE / "rows.toml")[0]:
+        if row.algorithm == algorithm:
+            mean = fmean(float(line["mean"]) for line in run.finished(row, run.HERE).values())
+            expected.append(f"| {row.environment} | {row.steps:,} | {mean:.1f} | {row.reference} |")
+    section = page.split("\n## Results\n")[1].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("|")][2:] == expected
 
 
 def test_the_page_is_what_the_runner_writes() -> None:
