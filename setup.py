@@ -30,7 +30,7 @@ EXTRAS = {
         "ruff>=0.6",
         "mypy>=1.11",
     ],
-    "docs": ["sphinx>=8.0", "myst-parser>=4.0", "furo>=2024.8", "sphinx-mathjax-offline"],
+    "docs": ["sphinx>=8.0", "myst-parser>=4.0", "furo>=2024.8", "sphinx-mathjax-offline>=0.0.2"],
 }
 
 setup(
