@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -70,7 +71,10 @@ class RemoteEnvironments:
 
 def _by_id(env_id: str) -> Callable[[], gymnasium.Env[Any, Any]]:
     """A function that makes the environment where the id may not be registered: by its specification."""
-    spec = gymnasium.spec(env_id)
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)  # registers the environment, as `gymnasium.make` does
+    spec = gymnasium.spec(name)
     if isinstance(spec.entry_point, str) and spec.entry_point.startswith("__main__:"):
         # A worker has another main module; what this one defines is sent by value.
         spec = dataclasses.replace(spec, entry_point=cast(EnvCreator, load_env_creator(spec.entry_point)))

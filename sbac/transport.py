@@ -151,6 +151,11 @@ class SharedMemory:
 
 def anonymous_file(size: int) -> int:
     """A file in memory without a name, so that nothing of it can be left behind."""
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:  # closed; else the file would take its place, and a worker put a stream of its own there
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("sbac")
     else:

@@ -718,6 +718,39 @@ def test_what_cannot_be_sent_is_named():
         model.learn(10)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_none_of_the_workers_business(closed: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from sbac import A3C\n"
+        "model = A3C('MlpPolicy', 'CartPole-v1', n_workers=1, seed=0).learn(50)\n"
+        f"model.save({str(tmp_path / 'model')!r})\n",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["/bin/sh", "-c", f'exec "$0" "$1" {closed}', sys.executable, str(script)]
+    assert subprocess.run(command, env=environment, timeout=120).returncode == 0
+    assert sbac.load(tmp_path / "model.zip").num_timesteps == 50
+
+
+def test_an_id_may_name_the_module_that_registers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "gymnasium.register('Mine-v0', entry_point=PendulumEnv, max_episode_steps=5)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        model = A3C("MlpPolicy", "mine:Mine-v0", n_workers=1, **SMALL).learn(10)
+    finally:
+        gymnasium.registry.pop("Mine-v0", None)
+        sys.modules.pop("mine", None)
+    assert model.num_timesteps == 10
+    assert [episode["l"] for episode in model.ep_info_buffer] == [5, 5]
+
+
 def test_workers_see_the_spec_of_an_environment_that_only_this_process_registered():
     make: Callable[[], gymnasium.Env[Any, Any]] = lambda: Short(length=3)  # noqa: E731
     gymnasium.register("Here-v0", entry_point=make)
