@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import cloudpickle
@@ -318,10 +319,13 @@ def message(kind: str, content: Any) -> bytes:
 def serve(memory_descriptor: int, socket_descriptor: int, payload_descriptor: int) -> None:
     """What a worker process runs, from its start to its end."""
     torch.set_num_threads(1)
-    # Schedulers send SIGTERM to all processes of a job: like Ctrl-C, it is for the parent to answer. Not ignored but
-    # handled, so that programs which an environment starts are not deaf to it, and neither are its forks.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    # Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job: they are for the parent to
+    # answer. Not ignored but handled, so that programs which an environment starts are not deaf to them, and neither
+    # are its forks.
+    for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        signal.signal(number, lambda *_: None)
+        os.register_at_fork(after_in_child=partial(signal.signal, number, usual))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked until here
     for descriptor in (memory_descriptor, socket_descriptor):
         os.set_inheritable(descriptor, False)  # programs that an environment starts must not keep them open
     connection = socket.socket(fileno=socket_descriptor)

@@ -50,7 +50,10 @@ SET_UP_SECONDS = 60.0
 """How long a worker may take to start, where `worker_timeout` is shorter; longer where several share a core."""
 
 FAREWELL_SECONDS = 2.0
-"""How long workers may take to finish a last rollout."""
+"""How long workers may take to finish a last rollout and close their environments, where training was stopped."""
+
+CLOSING_SECONDS = 30.0
+"""How long they may take to close their environments, where training is complete."""
 
 
 class _Process:
@@ -77,7 +80,8 @@ class _Process:
         )
         # One thread each, whatever library the environment computes with.
         threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}
-        # Ctrl-C reaches all processes of a terminal, and is for the parent to answer: workers inherit the mask.
+        # Ctrl-C reaches all processes of a terminal, and is for the parent to answer: workers inherit the mask, until
+        # `serve` handles it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process = subprocess.Popen(
@@ -306,7 +310,8 @@ class Workers:
         try:
             self._states.clear()
             self._memory.flags[STOP] = 1
-            deadline = time.monotonic() + FAREWELL_SECONDS
+            is_complete = self.steps >= self._total
+            deadline = time.monotonic() + (CLOSING_SECONDS if is_complete else FAREWELL_SECONDS)
             waited_for = [process for process in self._processes if process.is_set_up]
             while waited_for and time.monotonic() < deadline:
                 for process in waited_for:

@@ -718,6 +718,33 @@ def test_what_cannot_be_sent_is_named():
         model.learn(10)
 
 
+class WithProgram(Short):
+    """Starts a program, and ends it as Ctrl-C would."""
+
+    def __init__(self, file: Path, closing_seconds: float = 0.0) -> None:
+        super().__init__()
+        self._seconds = closing_seconds
+        self._program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        with file.open("a") as pids:
+            pids.write(f"{self._program.pid}\n")
+
+    def close(self) -> None:
+        time.sleep(self._seconds)
+        self._program.send_signal(signal.SIGINT)
+        self._program.wait()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0])
+def test_what_environments_started_is_ended_by_them(seconds: float, tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    A3C("MlpPolicy", lambda: WithProgram(file, seconds), n_workers=1, **SMALL).learn(20)
+    started = [int(pid) for pid in file.read_text().split()]
+    alive = [pid for pid in started if is_alive(pid)]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert len(started) >= 2 and not alive  # one to see the spaces, and the worker's
+
+
 @pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_are_none_of_the_workers_business(closed: str, tmp_path: Path) -> None:
