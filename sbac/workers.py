@@ -59,16 +59,20 @@ CLOSING_SECONDS = 30.0
 class _Process:
     """A worker as the parent sees it: its process, its end of the socket, and what of a message has arrived."""
 
-    def __init__(self, rank: int, memory: SharedMemory, payload: bytes) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
+        self.process: subprocess.Popen[bytes] | None = None
         self.error: str | None = None
         self.is_set_up = self.is_done = False
         self.last_beat = -1
         self.silent_seconds = 0.0
         self._arrived = bytearray()
-
-        self.socket, theirs = socket.socketpair()
+        self.socket, self._theirs = socket.socketpair()
         self.socket.setblocking(False)
+
+    def start(self, memory: SharedMemory, payload: bytes) -> None:
+        """Start it, once whoever ends workers knows of it: Ctrl-C may come at any moment."""
+        theirs = self._theirs
         given = anonymous_file(len(payload))
         with os.fdopen(os.dup(given), "wb") as file:
             file.write(payload)
@@ -127,11 +131,24 @@ class _Process:
 
     def end(self, patience: float = 0.0) -> int:
         """See the process off, also one that is stopped, and leave no zombie. Returns its exit code."""
+        if self.process is None:
+            self._theirs.close()
+            self.socket.close()
+            return 0
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
         self.process.kill()
         self.socket.close()
         return self.process.wait()
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return None if self.process is None else self.process.poll()
+
+    def kill(self) -> None:
+        """Let it end, without waiting for that."""
+        if self.process is not None:
+            self.process.kill()
 
 
 class WorkerStates:
@@ -229,12 +246,14 @@ class Workers:
         memory.rows[:, TURN] = 0 if in_turn else FREELY
         try:
             for rank in range(len(memory.rows)):
-                self._processes.append(self._launch(rank))
+                self._processes.append(_Process(rank))
+                self._launch(self._processes[rank])
         except BaseException:
             self.stop()
             raise
 
-    def _launch(self, rank: int) -> _Process:
+    def _launch(self, process: _Process) -> None:
+        rank = process.rank
         state = self._states.by_rank[rank]
         whole = (self._memory.layout, len(self._memory.rows), rank, self.launches, state, self._work)
         try:
@@ -248,9 +267,8 @@ class Workers:
         if state is None:  # else it goes on with its predecessor's random numbers
             self.launches += 1
         self._states.by_rank[rank] = None
-        process = _Process(rank, self._memory, payload)
+        process.start(self._memory, payload)
         self._selector.register(process.socket, selectors.EVENT_READ, process)
-        return process
 
     @property
     def steps(self) -> int:
@@ -325,7 +343,7 @@ class Workers:
                 waited_for = [process for process in waited_for if not process.is_done]
         finally:
             for process in self._processes:
-                process.process.kill()  # all of them first, should somebody lose patience here
+                process.kill()  # all of them first, should somebody lose patience here
             for process in self._processes:
                 process.end()
             self._selector.close()
@@ -388,7 +406,8 @@ class Workers:
 
     def _replace(self, process: _Process, cause: str) -> Report:
         rank, rows = process.rank, self._memory.rows
-        happened = f"worker {rank} (process {process.process.pid}) {cause} after {rows[rank, STEPS]:,} steps"
+        pid = None if process.process is None else process.process.pid
+        happened = f"worker {rank} (process {pid}) {cause} after {rows[rank, STEPS]:,} steps"
         detail = f":\n{process.error}" if process.error else ""
         if process.error and not process.is_set_up and not rows[:, STEPS].any():
             raise WorkerFault(f"worker {rank} could not be set up{detail}")
@@ -404,7 +423,8 @@ class Workers:
             rows[rank, ALLOWED] = rows[rank, STEPS]
             self._memory.flags[ALL_GRANTED] = 0
         warnings.warn(f"{happened}; replaced ({self.restarts} of {self._max_restarts}){detail}", stacklevel=4)
-        self._processes[rank] = self._launch(rank)
+        self._processes[rank] = _Process(rank)
+        self._launch(self._processes[rank])
         return self._untold(rank)
 
     def _silent(self) -> list[tuple[_Process, str]]:
@@ -421,7 +441,7 @@ class Workers:
             process.last_beat = beat
         found: list[tuple[_Process, str]] = []
         for process in self._processes:
-            code, patience = process.process.poll(), self._patience(process)
+            code, patience = process.poll(), self._patience(process)
             if code is not None:
                 found.append((process, _ended_by(code)))
             elif process.silent_seconds > patience:

@@ -718,6 +718,23 @@ def test_what_cannot_be_sent_is_named():
         model.learn(10)
 
 
+def test_ctrl_c_while_a_worker_is_started_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+    started = []
+
+    def interrupted(*arguments: Any, **others: Any) -> Any:
+        started.append(start(*arguments, **others))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[-1]
+
+    model = A3C("MlpPolicy", "CartPole-v1", n_workers=2, **SMALL)
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(5_000)
+    monkeypatch.undo()
+    assert len(started) == 1 and started[0].returncode is not None and not is_alive(started[0].pid)
+
+
 class WithProgram(Short):
     """Starts a program, and ends it as Ctrl-C would."""
 
