@@ -258,7 +258,8 @@ class A3C(BaseAlgorithm):
             try:
                 workers = self._start_workers(memory)
                 try:
-                    while self.num_timesteps < self._total_timesteps:
+                    goes_on = True
+                    while goes_on and self.num_timesteps < self._total_timesteps:
                         reports = workers.reports()
                         self._n_launches, self._worker_restarts = workers.launches, workers.restarts
                         if reports:
@@ -267,8 +268,9 @@ class A3C(BaseAlgorithm):
                         for report in reports:
                             self._count(report)
                         for report in reports:
-                            if not self._tell(callback, report):
-                                return self
+                            goes_on = goes_on and self._tell(callback, report)
+                        if not reports:
+                            goes_on = callback.on_idle()
                         self._dump_if_due(self._n_rollouts)
                 finally:
                     self._worker_states.running = None
@@ -285,6 +287,11 @@ class A3C(BaseAlgorithm):
                         self._n_rollouts = first_rollout + workers.updates
             finally:
                 memory.close()
+            if not goes_on:
+                # A callback ended the training; a checkpoint that it asked for has where all workers are.
+                if self.deterministic:
+                    self._worker_states.warn_of_missing()
+                self._do_deferred()
         return self
 
     def _gradient(self, batch: RolloutBatch) -> dict[str, Tensor]:
@@ -383,8 +390,8 @@ class A3C(BaseAlgorithm):
             else:
                 callback.on_rollout_end()
         self.num_timesteps = until
-        while self._deferred:
-            self._deferred.pop(0)()
+        if goes_on:
+            self._do_deferred()
         return goes_on
 
     def _take_launch(self, launch: int) -> None:

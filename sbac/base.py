@@ -123,6 +123,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         self._first_timestep = 0
         self._callback: BaseCallback | None = None
         self._deferred: list[Callable[[], None]] = []
+        self._is_learning = False
 
     # What an algorithm provides.
 
@@ -210,9 +211,9 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         steps = require_whole("total_timesteps", total_timesteps, 1)
         interval = require_whole("log_interval", log_interval, 1)
         prepared = make_callback(callback, progress_bar)
-        self._is_watched = callback is not None or progress_bar
 
-        with folders_held(prepared):
+        with self._alone(), folders_held(prepared):
+            self._is_watched = callback is not None or progress_bar
             run = resume_run(self, prepared, resume)
             is_new_run = reset_num_timesteps and run is None
             if is_new_run:
@@ -246,6 +247,20 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             finally:
                 torch.set_num_threads(threads)
                 prepared.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While it lasts, nobody else lets this model learn."""
+        if self._is_learning:
+            raise RuntimeError(
+                "learn was called while learn of the same model runs, by a callback or another thread: let the first "
+                "one end, or let a model of its own learn beside it"
+            )
+        self._is_learning = True
+        try:
+            yield
+        finally:
+            self._is_learning = False
 
     def _n_threads(self, available: int) -> int:
         """A network of less than a million parameters loses more to the exchange between threads than it gains."""
@@ -293,13 +308,16 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         if self.env.reset_count != self._reset_count:
             # The callback reset the training environments, by evaluating in them, say: what ran there is cut off.
             self._start_episodes(self.env)
-        while self._deferred:
-            self._deferred.pop(0)()
+        self._do_deferred()
         return go_on
 
     def _defer(self, function: Callable[[], None]) -> None:
         """Call a function once all callbacks are done with the present step."""
         self._deferred.append(function)
+
+    def _do_deferred(self) -> None:
+        while self._deferred:
+            self._deferred.pop(0)()
 
     @contextlib.contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -395,7 +413,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no training: callbacks hold what cannot be copied, such as files and whole modules.
-        return {**self.__dict__, "_callback": None, "_deferred": []}
+        return {**self.__dict__, "_callback": None, "_deferred": [], "_is_learning": False}
 
     def close(self) -> None:
         """Close environments and logger."""

@@ -1,7 +1,7 @@
 """All that is training but not learning: evaluation, checkpoints, early stops, the progress bar.
 
 A callback is told of five moments: training starts, a rollout starts, a step was taken, a rollout ended,
-training ends. At each step it decides whether training goes on.
+training ends. At each step it decides whether training goes on, and so it does while A3C's workers tell of no step.
 """
 
 from __future__ import annotations

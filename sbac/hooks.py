@@ -79,12 +79,12 @@ class BaseCallback:
         """Count the step and act; returns whether training goes on."""
         self.n_calls += 1
         self.num_timesteps = self.model.num_timesteps
-        go_on = self._call(self._on_step)
-        if go_on is None and not self._warned_of_none:
-            self._warned_of_none = True
-            hook = f"{type(self).__name__}._on_step"
-            warnings.warn(f"{hook} returned None, taken for True; return True or False", stacklevel=2)
-        return go_on is None or bool(go_on)
+        return self._goes_on(self._on_step)
+
+    def on_idle(self) -> bool:
+        """Nobody told of a step for a moment: ask `_on_idle` and the children whether training goes on."""
+        answers = [self._goes_on(self._on_idle), *(child.on_idle() for child in self._children())]
+        return all(answers)
 
     def on_rollout_end(self) -> None:
         """A rollout is complete: tell `_on_rollout_end` and the children."""
@@ -135,6 +135,10 @@ class BaseCallback:
     def _on_step(self) -> bool | None:
         return True
 
+    def _on_idle(self) -> bool | None:
+        """Asked some twenty times a second while A3C's workers tell of no step; returns whether training goes on."""
+        return True
+
     def _on_rollout_end(self) -> None: ...
 
     def _on_training_end(self) -> None: ...
@@ -142,6 +146,14 @@ class BaseCallback:
     def _children(self) -> Sequence[BaseCallback]:
         """The callbacks whose `on_step` this one calls; all other moments reach them by themselves."""
         return ()
+
+    def _goes_on(self, hook: Callable[[], bool | None]) -> bool:
+        go_on = self._call(hook)
+        if go_on is None and not self._warned_of_none:
+            self._warned_of_none = True
+            name = f"{type(self).__name__}.{hook.__name__}"
+            warnings.warn(f"{name} returned None, taken for True; return True or False", stacklevel=3)
+        return go_on is None or bool(go_on)
 
     def _call(self, hook: Callable[[], T]) -> T:
         """Call a hook; an error that it raises gets a note with the innermost callback and the step."""

@@ -89,12 +89,10 @@ class CheckpointCallback(BaseCallback):
         self.model._defer(self._write)
 
     def _write(self) -> None:
-        path = self.save_path / f"{self.name_prefix}_{self.num_timesteps}_steps.zip"
+        step = self.model.num_timesteps  # of A3C a little later than the callback's
+        path = self.save_path / f"{self.name_prefix}_{step}_steps.zip"
         if not self.hold.keeps():
-            warnings.warn(
-                f"the checkpoint of step {self.num_timesteps} was not written: another process writes there",
-                stacklevel=2,
-            )
+            warnings.warn(f"the checkpoint of step {step} was not written: another process writes there", stacklevel=2)
             return
         try:
             if isinstance(getattr(self.model, "replay_buffer", None), ReplayBuffer):
@@ -104,7 +102,7 @@ class CheckpointCallback(BaseCallback):
             if self.save_replay_buffer and hasattr(self.model, "replay_buffer"):
                 self.model.save_replay_buffer(self._buffer_beside(path))
         except OSError as error:
-            warnings.warn(f"the checkpoint of step {self.num_timesteps} was not written: {error}", stacklevel=2)
+            warnings.warn(f"the checkpoint of step {step} was not written: {error}", stacklevel=2)
             return
         if self.verbose >= 2:
             print(f"Saved a checkpoint: {path}")

@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from sbac.normalization import Ledger
+from sbac.processes import kill_with_descendants
 from sbac.trainable import Trainable
 
 # The columns of a worker's row of counters. The parent writes ALLOWED and TURN, the worker the others. PAGE is that of
@@ -47,6 +49,14 @@ WAKE, ASK_STATE = b".", b"?"
 
 LOOK_SECONDS = 0.05
 """How often a worker reports, and how long the parent waits for a report."""
+
+
+PARENT_SECONDS, ORPHAN_SECONDS = 1.0, 2.0
+"""How often a worker looks whether its parent is there, and how long it may take to end by itself where it is not."""
+
+
+class ParentGone(SystemExit):
+    """Nobody needs the work any more."""
 
 
 class Report(NamedTuple):
@@ -174,7 +184,7 @@ class SharedMemoryTransport(Transport):
         rank: Of the worker, which writes to its own row only.
         connection: To the parent.
 
-    All that sends or waits raises SystemExit where the parent is gone, since nobody needs the work any more.
+    All that sends or waits raises `ParentGone` where the parent is.
     """
 
     def __init__(self, memory: SharedMemory, rank: int, connection: socket.socket) -> None:
@@ -234,7 +244,7 @@ class SharedMemoryTransport(Transport):
             except OSError:
                 calls = b""
             if not calls:
-                raise SystemExit  # the parent is gone: nobody needs the work any more
+                raise ParentGone
             if ASK_STATE in calls:
                 self._send("state", self._state())
 
@@ -302,7 +312,7 @@ class SharedMemoryTransport(Transport):
         except BlockingIOError:
             pass
         except OSError:
-            raise SystemExit from None  # the parent is gone
+            raise ParentGone from None
 
 
 def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,13 +339,27 @@ def serve(memory_descriptor: int, socket_descriptor: int, payload_descriptor: in
     for descriptor in (memory_descriptor, socket_descriptor):
         os.set_inheritable(descriptor, False)  # programs that an environment starts must not keep them open
     connection = socket.socket(fileno=socket_descriptor)
+    threading.Thread(target=_end_with_parent, args=(socket_descriptor, os.getppid()), daemon=True).start()
     with os.fdopen(payload_descriptor, "rb") as file:
         data = file.read()
     try:
         layout, n_workers, rank, launch, state, work = pickle.loads(data)
         transport = SharedMemoryTransport(SharedMemory(layout, n_workers, memory_descriptor), rank, connection)
         work(transport, launch, state)
-    except Exception:
+    except ParentGone:
+        raise
+    except BaseException:  # an environment may raise SystemExit too
         with suppress(OSError):
             connection.sendall(message("error", traceback.format_exc()))
         raise SystemExit(1) from None
+
+
+def _end_with_parent(socket_descriptor: int, parent: int) -> None:
+    """Watch the parent from a thread of a worker, which may be in the midst of a long step when the parent is gone."""
+    connection = select.poll()
+    connection.register(socket_descriptor, 0)  # tells of its end only
+    # Where the parent was forked, the fork keeps the socket open.
+    while not connection.poll(PARENT_SECONDS * 1000) and os.getppid() == parent:
+        pass
+    time.sleep(ORPHAN_SECONDS)
+    kill_with_descendants(os.getpid())

@@ -24,6 +24,7 @@ import cloudpickle
 import numpy as np
 
 from sbac.guards import WorkerFault
+from sbac.processes import kill_with_descendants
 from sbac.transport import (
     ALL_GRANTED,
     ALLOWED,
@@ -51,6 +52,9 @@ SET_UP_SECONDS = 60.0
 
 FAREWELL_SECONDS = 2.0
 """How long workers may take to finish a last rollout and close their environments, where training was stopped."""
+
+STATE_SECONDS = 3.0
+"""How long a worker that waits for its turn may take to tell its state; a worker that was stopped never does."""
 
 CLOSING_SECONDS = 30.0
 """How long they may take to close their environments, where training is complete."""
@@ -137,7 +141,7 @@ class _Process:
             return 0
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
-        self.process.kill()
+        self.kill()
         self.socket.close()
         return self.process.wait()
 
@@ -146,9 +150,9 @@ class _Process:
         return None if self.process is None else self.process.poll()
 
     def kill(self) -> None:
-        """Let it end, without waiting for that."""
-        if self.process is not None:
-            self.process.kill()
+        """Let it end with all that it started, without waiting for that."""
+        if self.process is not None and self.process.poll() is None:
+            kill_with_descendants(self.process.pid)
 
 
 class WorkerStates:
@@ -169,6 +173,15 @@ class WorkerStates:
     def clear(self) -> None:
         """Let all begin new episodes."""
         self.by_rank: list[dict[str, np.ndarray] | None] = [None] * self.n_workers
+
+    def warn_of_missing(self) -> None:
+        """Warn of workers in turn that did not leave theirs."""
+        missing = [rank for rank, state in enumerate(self.by_rank) if state is None]
+        if missing:
+            warnings.warn(
+                f"workers {missing} did not tell their states: a run that goes on from here begins them anew",
+                stacklevel=3,
+            )
 
     def get_state(self) -> dict[str, np.ndarray]:
         """All of them, as arrays, for a full checkpoint. Workers that run freely have none that fit together."""
@@ -309,18 +322,20 @@ class Workers:
         self._states.clear()
         if not self._in_turn:
             return
-        deadline = time.monotonic() + self._set_up_seconds  # at the very beginning some may not be there yet
+        asked_at = time.monotonic()
         waited_for = set(self._processes)
         for process in self._processes:
             process.call(ASK_STATE)
-        while waited_for and time.monotonic() < deadline:
+        while waited_for:
+            # At the very beginning some may not be there yet.
+            patience = STATE_SECONDS if all(process.is_set_up for process in waited_for) else self._set_up_seconds
+            if time.monotonic() - asked_at > patience:
+                break
             for key, _ in self._selector.select(LOOK_SECONDS):
                 _, is_gone = self._read(key.data)
                 if is_gone or self._states.by_rank[key.data.rank] is not None:
                     waited_for.discard(key.data)
-        missing = [rank for rank, state in enumerate(self._states.by_rank) if state is None]
-        if missing:
-            warnings.warn(f"workers {missing} did not tell their states: a resumed run begins them anew", stacklevel=2)
+        self._states.warn_of_missing()
 
     def stop(self) -> list[Report]:
         """Let workers finish their rollouts and go; end those that do not go. Returns their last reports."""

@@ -440,6 +440,19 @@ def test_a_worker_that_raises_is_replaced_until_it_is_too_much():
     assert model.learn(20, reset_num_timesteps=False).num_timesteps == 132
 
 
+class Leaving(Short):
+    """Ends its process."""
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        sys.exit("the simulator has no licence")
+
+
+def test_a_worker_that_exits_says_why() -> None:
+    model = A3C("MlpPolicy", lambda: Leaving(), n_workers=1, max_worker_restarts=0, **SMALL)
+    with pytest.raises(WorkerFault, match=r"(?s)raised an error.*in step\n.*SystemExit: the simulator has no licence"):
+        model.learn(20)
+
+
 def test_what_no_worker_can_make_is_answered_at_once():
     parent = os.getpid()
 
@@ -527,18 +540,82 @@ def test_ctrl_c_ends_all_workers_and_keeps_the_model(tmp_path):
     assert A3C.load(tmp_path / "kept.zip").num_timesteps == steps
 
 
-def test_workers_of_a_killed_parent_end(tmp_path):
-    process = run_script(tmp_path, ENDLESS)
+SLOW = """
+    import time
+    import gymnasium, numpy as np
+
+    class Slow(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+        action_space = gymnasium.spaces.Discrete(2)
+        steps = 0
+        def reset(self, **kwargs):
+            super().reset(**kwargs)
+            return np.zeros(2, np.float32), {}
+        def step(self, action):
+            self.steps += 1
+            if self.steps == 8:
+                print("slow", flush=True)
+                time.sleep(600)
+            return np.zeros(2, np.float32), 1.0, False, False, {}
+
+    gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=5)
+"""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_one_ctrl_c_ends_a_training_whose_workers_take_no_step(deterministic: bool, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW))
+    words = ["train", "a3c", "slow:Slow-v0", "--out", "run", "--set", "n_workers=2"]
+    words += ["--set", f"deterministic={deterministic}", "--checkpoint-freq", "0", "--eval-freq", "0"]
+    process = run_script(tmp_path, f"from sbac.cli import main\nraise SystemExit(main({words!r}))")
+    assert process.stdout is not None
+    while process.stdout.readline() != "slow\n":
+        assert process.poll() is None
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    pressed = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() - pressed < 5
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    stopped = re.search(r"stopped at step (\d+)", out)
+    assert stopped is not None and int(stopped[1]) >= 5  # each worker's first rollout has 5 steps
+    assert A3C.load(tmp_path / "run/model.zip").num_timesteps == int(stopped[1])
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("*.zip")
+    assert checkpoint.name == f"model_{stopped[1]}_steps.zip"
+    assert A3C.load(checkpoint).num_timesteps == int(stopped[1])
+    assert ("did not tell their states" in err) is deterministic  # the one that was cut off, where it matters
+
+
+@pytest.mark.parametrize(
+    ("line", "before"),
+    [
+        ("model =", ""),
+        # In the midst of a step.
+        ("return np.zeros(2, np.float32), 1.0", "print('learning', flush=True); import time; time.sleep(600)"),
+        # A fork of the parent keeps its ends of the sockets open.
+        ("if model.num", "import os, time; os.fork() or (os.closerange(0, 3), time.sleep(600))"),
+    ],
+    ids=["between two steps", "in a step", "forked"],
+)
+def test_workers_of_a_killed_parent_end(line: str, before: str, tmp_path: Path) -> None:
+    process = run_script(tmp_path, re.sub(rf"( *)({re.escape(line)})", rf"\1{before}\n\1\2", ENDLESS))
     assert process.stdout is not None
     assert process.stdout.readline() == "learning\n"
     workers = workers_of(process.pid)
     assert len(workers) == 2
     process.kill()
-    process.communicate()
+    process.wait()
     deadline = time.monotonic() + 20
     while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(is_alive(pid) for pid in workers)
+    alive = [pid for pid in workers if is_alive(pid)]
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the fork
+    process.communicate()
+    assert not alive
 
 
 # The interface of every other algorithm.
@@ -760,6 +837,28 @@ def test_what_environments_started_is_ended_by_them(seconds: float, tmp_path: Pa
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
     assert len(started) >= 2 and not alive  # one to see the spaces, and the worker's
+
+
+class Hanging(WithProgram):
+    """Starts a program, and hangs."""
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        time.sleep(600)
+        raise AssertionError
+
+
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists(), reason="Linux tells of them")
+@pytest.mark.filterwarnings("ignore:worker .* took no step for 1 seconds")
+def test_what_a_hanging_environment_started_ends_with_its_worker(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    model = A3C("MlpPolicy", lambda: Hanging(file), n_workers=1, worker_timeout=1, max_worker_restarts=1, **SMALL)
+    with pytest.raises(WorkerFault, match="took no step for 1 seconds"):
+        model.learn(20)
+    started = [int(pid) for pid in file.read_text().split()]
+    alive = [pid for pid in started if is_alive(pid)]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert len(started) == 3 and not alive  # one to see the spaces, and two workers'
 
 
 @pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")

@@ -97,6 +97,23 @@ class Task(gymnasium.Env[Any, Any]):
 # Seeds.
 
 
+def test_learn_within_learn_is_refused_and_the_model_is_as_it_was(make_model):
+    model, whole = make_model(), make_model().learn(80)
+
+    def learn_again(*_: object) -> None:
+        if model.num_timesteps == 40:
+            with pytest.raises(RuntimeError, match="learn was called while learn of the same model runs"):
+                model.learn(10)
+
+    model.learn(80, callback=learn_again)
+    assert same(model, whole)
+    assert (model.num_timesteps, model.n_updates) == (whole.num_timesteps, whole.n_updates)
+    assert model.learn(10, reset_num_timesteps=False).num_timesteps == 90
+    copied: list[BaseAlgorithm] = []
+    model.learn(10, callback=lambda *_: copied.append(copy.deepcopy(model)))
+    copied[0].learn(10)  # a copy is in no training
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_a_seed_fixes_every_weight(make_model, n_envs):
     def short() -> gymnasium.Env[Any, Any]:

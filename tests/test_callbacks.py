@@ -217,6 +217,26 @@ def test_a_forgotten_return_goes_on_and_is_told_once() -> None:
     ]
 
 
+def test_all_are_asked_whether_to_go_on_while_no_step_is_told_of() -> None:
+    asked: list[object] = []
+
+    class Waiting(BaseCallback):
+        def __init__(self, answer: bool | None) -> None:
+            super().__init__()
+            self.answer = answer
+
+        def _on_idle(self) -> bool | None:
+            asked.append(self.answer)
+            return self.answer
+
+    assert make_callback([BaseCallback(), Waiting(True)]).on_idle()
+    assert asked == [True]
+    assert not make_callback([Waiting(False), EveryNTimesteps(1, [Waiting(True)])]).on_idle()
+    assert asked == [True, False, True]
+    with pytest.warns(UserWarning, match=r"Waiting\._on_idle returned None, taken for True"):
+        assert make_callback(Waiting(None)).on_idle()
+
+
 @pytest.mark.parametrize("hook", ["_init_callback", "_on_training_start", "_on_rollout_start", "_on_rollout_end"])
 def test_errors_pass_through_with_the_innermost_callback_and_the_step(hook: str) -> None:
     class Broken(BaseCallback): ...
