@@ -166,8 +166,6 @@ class A2C(BaseAlgorithm):
         progress_bar: bool = False,
         resume: bool = False,
     ) -> Self:
-        if reset_num_timesteps:
-            self._n_rollouts = 0
         with self._training(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, resume
         ) as callback:
@@ -248,6 +246,10 @@ class A2C(BaseAlgorithm):
             "grad_norm": grad_norm,
             "explained_variance": explained_variance(value[batch.kept], return_[batch.kept]),
         }
+
+    def _begin_run(self) -> None:
+        super()._begin_run()
+        self._n_rollouts = 0
 
     def _start_episodes(self, env: Environments) -> None:
         super()._start_episodes(env)

@@ -128,6 +128,7 @@ class A3C(BaseAlgorithm):
         "CnnLstmPolicy": CnnRecurrentActorCritic,
         "MultiInputLstmPolicy": RecurrentActorCritic,
     }
+    learns_elsewhere = True
     policy: StochasticActorCritic
     env: RemoteEnvironments  # type: ignore[assignment]  # it knows the spaces, and has nothing to step
 
@@ -240,13 +241,9 @@ class A3C(BaseAlgorithm):
         progress_bar: bool = False,
         resume: bool = False,
     ) -> Self:
-        if reset_num_timesteps:
-            self._n_rollouts = 0
         with self._training(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, resume
         ) as callback:
-            if self.num_timesteps == 0:
-                self._worker_states.clear()
             # The weights, the optimizer's statistics and the count live in shared memory while workers learn.
             first_step, first_update, first_rollout = self.num_timesteps, self.n_updates, self._n_rollouts
             shared = self.policy.state_tensors()
@@ -260,7 +257,7 @@ class A3C(BaseAlgorithm):
                 try:
                     goes_on = True
                     while goes_on and self.num_timesteps < self._total_timesteps:
-                        reports = workers.reports()
+                        reports, goes_on = workers.reports(callback.on_idle)
                         self._n_launches, self._worker_restarts = workers.launches, workers.restarts
                         if reports:
                             # Callbacks see the weights as they are now; nothing here ever moves them.
@@ -270,8 +267,12 @@ class A3C(BaseAlgorithm):
                         for report in reports:
                             goes_on = goes_on and self._tell(callback, report)
                         if not reports:
-                            goes_on = callback.on_idle()
+                            goes_on = goes_on and callback.on_idle()
                         self._dump_if_due(self._n_rollouts)
+                    if goes_on:
+                        reports, goes_on = workers.finish(callback.on_idle)
+                        for report in reports:
+                            self._count(report)
                 finally:
                     self._worker_states.running = None
                     try:
@@ -285,13 +286,11 @@ class A3C(BaseAlgorithm):
                         self.num_timesteps = first_step + workers.steps
                         self.n_updates = first_update + workers.updates
                         self._n_rollouts = first_rollout + workers.updates
+                        if self.deterministic and self.num_timesteps < self._total_timesteps:
+                            self._worker_states.warn_of_missing()
             finally:
                 memory.close()
-            if not goes_on:
-                # A callback ended the training; a checkpoint that it asked for has where all workers are.
-                if self.deterministic:
-                    self._worker_states.warn_of_missing()
-                self._do_deferred()
+            self._do_deferred()  # a checkpoint, say, where a callback ended the training: it has where all workers are
         return self
 
     def _gradient(self, batch: RolloutBatch) -> dict[str, Tensor]:
@@ -411,6 +410,11 @@ class A3C(BaseAlgorithm):
     @classmethod
     def open_environments(cls, env: EnvironmentLike, n_envs: int) -> Any:
         return env if isinstance(env, RemoteEnvironments) else RemoteEnvironments(env, n_envs)
+
+    def _begin_run(self) -> None:
+        super()._begin_run()
+        self._n_rollouts = 0
+        self._worker_states.clear()
 
     def set_env(self, env: EnvironmentLike, force_reset: bool = True) -> None:
         super().set_env(env, force_reset)

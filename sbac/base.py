@@ -65,6 +65,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]]
     policy: Any
+    learns_elsewhere: ClassVar[bool] = False  # in other processes, whose steps are told of later
     # Arguments that only set others, which are what is saved.
     _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {}
     env: Environments  # None in a model that was loaded without environments
@@ -217,8 +218,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             run = resume_run(self, prepared, resume)
             is_new_run = reset_num_timesteps and run is None
             if is_new_run:
-                self.num_timesteps = 0
-                self.episodes.forget()
+                self._begin_run()
             self._first_timestep = self.num_timesteps if run is None else run.get("start", 0)
             self._total_timesteps = self._first_timestep + steps
             if is_new_run or self._obs is None or self.env.reset_count != self._reset_count:
@@ -247,6 +247,11 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             finally:
                 torch.set_num_threads(threads)
                 prepared.close()
+
+    def _begin_run(self) -> None:
+        """Count anew."""
+        self.num_timesteps = 0
+        self.episodes.forget()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -67,6 +68,32 @@ class CallbackList(BaseCallback):
     def _on_step(self) -> bool:
         answers = [callback.on_step() for callback in self.callbacks]
         return all(answers)
+
+
+class _CutOff(Exception):
+    """Training is not to go on, and neither is an evaluation."""
+
+
+class _WhileGoingOn:
+    """A model whose actions are to be had only while training goes on, which is asked once a second.
+
+    Args:
+        model: The model.
+        goes_on: Whether training goes on.
+    """
+
+    def __init__(self, model: Any, goes_on: Callable[[], bool]) -> None:
+        self._model, self._goes_on = model, goes_on
+        self._asked_at = time.monotonic()
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        now = time.monotonic()
+        if now - self._asked_at >= 1.0:
+            self._asked_at = now
+            if not self._goes_on():
+                raise _CutOff
+        return self._model.predict(*args, **kwargs)
 
 
 class EventCallback(BaseCallback):
@@ -196,7 +223,11 @@ class EvalCallback(EventCallback):
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
             return True
-        self._evaluate()
+        try:
+            self._evaluate()
+        except _CutOff:
+            warnings.warn(f"the evaluation at step {self.num_timesteps} was cut off: training is to end", stacklevel=2)
+            return False
         go_on = True
         if self.last_mean_reward > self.best_mean_reward:
             self.best_mean_reward = self.last_mean_reward
@@ -211,7 +242,10 @@ class EvalCallback(EventCallback):
         warn = self.warn and not self.evaluations.timesteps
         how = (self.n_eval_episodes, self.deterministic, self.render)
         seed = evaluation_seed(self.model.seed, self.num_timesteps)
-        episodes = run_episodes(self.model, self._environments, *how, warn=warn, seed=seed)
+        # What learns here waits for the evaluation; A3C's workers do not, and are to end when they are asked to.
+        goes_elsewhere = getattr(self.model, "learns_elsewhere", False)
+        model = _WhileGoingOn(self.model, self._root().on_idle) if goes_elsewhere else self.model
+        episodes = run_episodes(model, self._environments, *how, warn=warn, seed=seed)
         self.evaluations.add(self.num_timesteps, episodes)
         if self.log_path:
             self.evaluations.write(self.log_path)

@@ -231,7 +231,10 @@ def _train(options: argparse.Namespace) -> int:
         model.logger.close()
         try:
             if not stop.at_once and (folder / "progress.csv").exists():
-                plot_learning_curve(folder, folder / "learning_curve.png")
+                try:
+                    plot_learning_curve(folder, folder / "learning_curve.png")
+                except (OSError, ValueError) as error:
+                    print(f"sbac train: there is no learning curve: {error}", file=sys.stderr)
             if code == 0:
                 mean, deviation = evaluate_policy(model, options.env, n_eval_episodes=20, seed=options.seed + 1)
                 print(f"return over 20 episodes: {mean:.1f} +- {deviation:.1f}")

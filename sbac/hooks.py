@@ -82,7 +82,7 @@ class BaseCallback:
         return self._goes_on(self._on_step)
 
     def on_idle(self) -> bool:
-        """Nobody told of a step for a moment: ask `_on_idle` and the children whether training goes on."""
+        """Between two steps that take long: ask `_on_idle` and the children whether training goes on."""
         answers = [self._goes_on(self._on_idle), *(child.on_idle() for child in self._children())]
         return all(answers)
 
@@ -136,12 +136,20 @@ class BaseCallback:
         return True
 
     def _on_idle(self) -> bool | None:
-        """Asked some twenty times a second while A3C's workers tell of no step; returns whether training goes on."""
+        """Returns whether training goes on.
+
+        Asked by A3C only: some twenty times a second while its workers tell of no step, where one of them failed, and
+        once a second in evaluations.
+        """
         return True
 
     def _on_rollout_end(self) -> None: ...
 
     def _on_training_end(self) -> None: ...
+
+    def _root(self) -> BaseCallback:
+        """The callback that all others are called by."""
+        return self if self.parent is None else self.parent._root()
 
     def _children(self) -> Sequence[BaseCallback]:
         """The callbacks whose `on_step` this one calls; all other moments reach them by themselves."""

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from sbac.hooks import BaseCallback
 from sbac.resume import CheckpointCallback
 
-PATIENCE_SECONDS = 1.0
-"""How long a step may take to come, where others take the steps and may be slow or hang."""
-
 
 class Interruption(BaseCallback):
     """A first signal stops training at the next step, where a checkpoint is written; a second one stops it at once.
 
-    A3C stops without that step where none comes for a second: its workers may be slow, or hang.
+    A3C, whose workers may be slow or hang, stops without that step: they end the rollouts that they are in, if they can
+    in two seconds.
 
     To be the last of the callbacks, so that the others have done their part of the step.
 
@@ -38,7 +35,7 @@ class Interruption(BaseCallback):
     def __init__(self) -> None:
         super().__init__()
         self.checkpoints: CheckpointCallback | None = None
-        self._pressed_at = 0.0
+        self._has_asked = False
 
     @property
     def code(self) -> int:
@@ -48,8 +45,6 @@ class Interruption(BaseCallback):
     def press(self, number: int, *_: object) -> None:
         """Handle a signal. May come in the midst of a print, so that it writes past Python's streams."""
         is_first = self.signal is None
-        if is_first:
-            self._pressed_at = time.monotonic()
         self.signal = self.signal or signal.Signals(number)
         if self.phase == "saving":
             self._say("saving the model first")
@@ -69,13 +64,12 @@ class Interruption(BaseCallback):
         self.has_begun = True
 
     def _on_step(self) -> bool:
-        if self.signal is not None and self.checkpoints is not None:
+        if self.signal is not None and self.checkpoints is not None and not self._has_asked:
+            self._has_asked = True
             self.checkpoints.write_after_step()
         return self.signal is None
 
     def _on_idle(self) -> bool:
-        if self.signal is None or time.monotonic() - self._pressed_at < PATIENCE_SECONDS:
-            return True
         return self._on_step()
 
 

@@ -222,6 +222,11 @@ class CSVOutputFormat(_LinesOutputFormat):
         with self._path.open(encoding="utf-8", newline="") as file:
             self._columns: list[str] = next(csv.reader(file), [])
 
+    def set_state(self, state: Mapping[str, int]) -> None:
+        super().set_state(state)
+        if not state["lines"]:
+            self._columns = []  # the first line has gone too
+
     def write(self, row: Mapping[str, Any], step: int = 0) -> None:
         row = _plain(row)
         new_columns = [key for key in row if key not in self._columns]

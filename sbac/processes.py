@@ -21,6 +21,7 @@ def descendants(pid: int) -> list[int]:
 def kill_with_descendants(pid: int) -> None:
     """SIGKILL to a process that has not been waited for yet, and to all that it started."""
     family = descendants(pid)  # before it ends, after which nobody knows whose they were
-    for member in (*family, pid):
+    # First of all it, which may start others in their place, unless it is this one.
+    for member in (*family, pid) if pid == os.getpid() else (pid, *family):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(member, signal.SIGKILL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvCreator, load_env_creator
+from gymnasium.envs.registration import EnvCreator, EnvSpec, load_env_creator
 
 from sbac.codec import decode, encode
 from sbac.envs import EnvironmentLike, Environments, make_environments
@@ -59,22 +58,19 @@ class RemoteEnvironments:
         probe = make_environments(env, 1)
         self.observation_space, self.action_space = probe.observation_space, probe.action_space
         self.env_id = probe.env_id
+        spec = probe.env.unwrapped.envs[0].env.spec if isinstance(env, str) else None  # behind what watches it
         probe.close()
         if isinstance(n_envs, bool) or not isinstance(n_envs, int) or n_envs < 1:
             raise ValueError(f"n_envs must be a whole number, at least 1, not {n_envs!r}")
         self.num_envs = n_envs
-        self.factory: Callable[[], gymnasium.Env[Any, Any]] = _by_id(env) if isinstance(env, str) else env
+        self.factory: Callable[[], gymnasium.Env[Any, Any]] = env if spec is None else _by_spec(spec)
 
     def close(self) -> None:
         """There is nothing to close: workers close their own."""
 
 
-def _by_id(env_id: str) -> Callable[[], gymnasium.Env[Any, Any]]:
-    """A function that makes the environment where the id may not be registered: by its specification."""
-    module, _, name = env_id.rpartition(":")
-    if module:
-        importlib.import_module(module)  # registers the environment, as `gymnasium.make` does
-    spec = gymnasium.spec(name)
+def _by_spec(spec: EnvSpec) -> Callable[[], gymnasium.Env[Any, Any]]:
+    """A function that makes the environment also where its id is not registered."""
     if isinstance(spec.entry_point, str) and spec.entry_point.startswith("__main__:"):
         # A worker has another main module; what this one defines is sent by value.
         spec = dataclasses.replace(spec, entry_point=cast(EnvCreator, load_env_creator(spec.entry_point)))

@@ -124,7 +124,11 @@ class SharedMemory:
             offsets[name] = size
             size += -(-math.prod(shape) * dtype.itemsize // 64) * 64
         self.descriptor = anonymous_file(size) if descriptor is None else descriptor
-        block = mmap.mmap(self.descriptor, size)
+        try:
+            block = mmap.mmap(self.descriptor, size)
+        except OSError:
+            self.close()
+            raise
         table = np.frombuffer(block, np.int64, counters).reshape(n_workers + 1, ROW)
         self.flags, self.rows = table[0], table[1:]
         self.tensors: dict[str, Tensor] = {}
@@ -295,13 +299,14 @@ class SharedMemoryTransport(Transport):
             except Exception:  # environments may put in what no other process can hold
                 pickled = None
             told = Report(self.rank, self._steps, self._updates, sums, reward, done, plain, pickled)
-            self._send("report", told, wait)
+            self._outbox += message("report", told)
             self._forget()
+        self._flush(wait)  # also what the parent had no room for before
         self._told_at = time.monotonic()
 
-    def _send(self, kind: str, content: Any, wait: bool = True) -> None:
+    def _send(self, kind: str, content: Any) -> None:
         self._outbox += message(kind, content)
-        self._flush(wait)
+        self._flush(wait=True)
 
     def _flush(self, wait: bool) -> None:
         """Send what is to be sent, all of it or, without waiting, what the parent has room for."""

@@ -60,6 +60,10 @@ CLOSING_SECONDS = 30.0
 """How long they may take to close their environments, where training is complete."""
 
 
+_LAUNCH = "launch"
+"""Of the state of a worker that was not started yet: the number of its launch."""
+
+
 class _Process:
     """A worker as the parent sees it: its process, its end of the socket, and what of a message has arrived."""
 
@@ -70,6 +74,8 @@ class _Process:
         self.is_set_up = self.is_done = False
         self.last_beat = -1
         self.silent_seconds = 0.0
+        self.began_at: dict[str, np.ndarray] = {}
+        self.began_after = 0  # updates
         self._arrived = bytearray()
         self.socket, self._theirs = socket.socketpair()
         self.socket.setblocking(False)
@@ -78,7 +84,7 @@ class _Process:
         """Start it, once whoever ends workers knows of it: Ctrl-C may come at any moment."""
         theirs = self._theirs
         given = anonymous_file(len(payload))
-        with os.fdopen(os.dup(given), "wb") as file:
+        with os.fdopen(given, "wb", closefd=False) as file:
             file.write(payload)
         os.lseek(given, 0, os.SEEK_SET)
         path = [entry for entry in sys.path if isinstance(entry, str)]
@@ -158,6 +164,9 @@ class _Process:
 class WorkerStates:
     """What workers leave behind, so that others can go on where they were: random states, episodes, environments.
 
+    Of one that has not finished a rollout, that is what it was started with: a state, or only the number of its launch,
+    from which its random numbers follow.
+
     Args:
         n_workers: How many.
 
@@ -182,6 +191,9 @@ class WorkerStates:
                 f"workers {missing} did not tell their states: a run that goes on from here begins them anew",
                 stacklevel=3,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "running": None}  # a copy is in no training
 
     def get_state(self) -> dict[str, np.ndarray]:
         """All of them, as arrays, for a full checkpoint. Workers that run freely have none that fit together."""
@@ -268,7 +280,11 @@ class Workers:
     def _launch(self, process: _Process) -> None:
         rank = process.rank
         state = self._states.by_rank[rank]
-        whole = (self._memory.layout, len(self._memory.rows), rank, self.launches, state, self._work)
+        process.began_at = {_LAUNCH: np.array(self.launches)} if state is None else state
+        process.began_after = int(self._memory.rows[rank, UPDATES])
+        launch = int(process.began_at.get(_LAUNCH, self.launches))
+        going_on = None if _LAUNCH in process.began_at else state
+        whole = (self._memory.layout, len(self._memory.rows), rank, launch, going_on, self._work)
         try:
             payload = cloudpickle.dumps(whole)
         except Exception as error:
@@ -277,7 +293,7 @@ class Workers:
                 f"holds something that belongs to this process ({type(error).__name__}: {error}); let the function "
                 "make or open it itself"
             ) from error
-        if state is None:  # else it goes on with its predecessor's random numbers
+        if state is None:  # else it has random numbers already
             self.launches += 1
         self._states.by_rank[rank] = None
         process.start(self._memory, payload)
@@ -293,8 +309,14 @@ class Workers:
         """Updates that they made."""
         return int(self._memory.rows[:, UPDATES].sum())
 
-    def reports(self) -> list[Report]:
+    def reports(self, goes_on: Callable[[], bool]) -> tuple[list[Report], bool]:
         """Grant steps, wait a moment for reports, and replace workers that died or hang.
+
+        Args:
+            goes_on: Whether training goes on; asked where a worker failed, which else is not replaced.
+
+        Returns:
+            The reports, and whether training goes on.
 
         Raises:
             WorkerFault: More workers failed than may be replaced.
@@ -313,67 +335,97 @@ class Workers:
                 self._selector.unregister(process.socket)
                 process.end()
                 failed[process] = cause
+        if failed and not goes_on():
+            for process in failed:
+                process.end()
+                process.is_done = True
+                found.append(self._untold(process.rank))
+            return found, False
         for process, cause in failed.items():
             found.append(self._replace(process, cause))
-        return found
+        return found, True
 
     def ask_states(self) -> None:
         """Let workers that wait for their turns tell their states. Those of workers that run would not fit together."""
         self._states.clear()
         if not self._in_turn:
             return
-        asked_at = time.monotonic()
-        waited_for = set(self._processes)
-        for process in self._processes:
-            process.call(ASK_STATE)
-        while waited_for:
-            # At the very beginning some may not be there yet.
-            patience = STATE_SECONDS if all(process.is_set_up for process in waited_for) else self._set_up_seconds
-            if time.monotonic() - asked_at > patience:
-                break
-            for key, _ in self._selector.select(LOOK_SECONDS):
-                _, is_gone = self._read(key.data)
-                if is_gone or self._states.by_rank[key.data.rank] is not None:
-                    waited_for.discard(key.data)
+        if self._is_turn_over():
+            waited_for = {process for process in self._processes if not self._take_beginning(process)}
+            for process in waited_for:
+                process.call(ASK_STATE)
+            deadline = time.monotonic() + STATE_SECONDS
+            while waited_for and time.monotonic() < deadline:
+                for key, _ in self._selector.select(LOOK_SECONDS):
+                    _, is_gone = self._read(key.data)
+                    if is_gone or self._states.by_rank[key.data.rank] is not None:
+                        waited_for.discard(key.data)
         self._states.warn_of_missing()
+
+    def _take_beginning(self, process: _Process) -> bool:
+        """Take what a worker was started with for its state, if it has not finished a rollout since."""
+        if self._memory.rows[process.rank, UPDATES] == process.began_after:
+            self._states.by_rank[process.rank] = process.began_at
+        return self._states.by_rank[process.rank] is not None
+
+    def finish(self, goes_on: Callable[[], bool]) -> tuple[list[Report], bool]:
+        """All steps are taken: let workers close their environments, which may take a while.
+
+        Args:
+            goes_on: Asked now and then; if not, nobody waits any longer.
+
+        Returns:
+            Their last reports, and whether it went on to the end.
+        """
+        return self._see_off(CLOSING_SECONDS, goes_on)
 
     def stop(self) -> list[Report]:
         """Let workers finish their rollouts and go; end those that do not go. Returns their last reports."""
         found: list[Report] = []
         try:
-            self._states.clear()
-            self._memory.flags[STOP] = 1
-            is_complete = self.steps >= self._total
-            deadline = time.monotonic() + (CLOSING_SECONDS if is_complete else FAREWELL_SECONDS)
-            waited_for = [process for process in self._processes if process.is_set_up]
-            while waited_for and time.monotonic() < deadline:
-                for process in waited_for:
-                    process.call(WAKE)
-                for key, _ in self._selector.select(LOOK_SECONDS):
-                    reports, is_gone = self._read(key.data)
-                    found.extend(reports)
-                    if is_gone:
-                        self._selector.unregister(key.fileobj)
-                        key.data.is_done = True
-                waited_for = [process for process in waited_for if not process.is_done]
+            found, _ = self._see_off(FAREWELL_SECONDS, lambda: True)
         finally:
             for process in self._processes:
                 process.kill()  # all of them first, should somebody lose patience here
             for process in self._processes:
                 process.end()
+                if self._states.by_rank[process.rank] is None:
+                    self._take_beginning(process)
             self._selector.close()
         found.extend(self._untold(rank) for rank in range(len(self._processes)))
         return found
+
+    def _see_off(self, seconds: float, goes_on: Callable[[], bool]) -> tuple[list[Report], bool]:
+        if not self._memory.flags[STOP]:
+            self._states.clear()
+            self._memory.flags[STOP] = 1
+        found: list[Report] = []
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            waited_for = [process for process in self._processes if process.is_set_up and not process.is_done]
+            if not waited_for:
+                return found, True
+            if not goes_on():
+                return found, False
+            for process in waited_for:
+                process.call(WAKE)
+            for key, _ in self._selector.select(LOOK_SECONDS):
+                reports, is_gone = self._read(key.data)
+                found.extend(reports)
+                if is_gone:
+                    self._selector.unregister(key.fileobj)
+                    key.data.is_done = True
+        return found, True
 
     def _grant(self) -> None:
         """Hand out the steps that are left: large shares at first, single rollouts towards the end.
 
         So nobody waits for the parent while there is much to do, and all end together at the exact count.
         """
-        rows, told = self._memory.rows, self._reported
+        rows = self._memory.rows
         if self._in_turn:
             row, rank = rows[self._rank_in_turn], self._rank_in_turn
-            if told[rank, UPDATES] == row[TURN]:
+            if self._is_turn_over():
                 row[ALLOWED] = row[STEPS]  # what a rollout that ended with its episode did not need
                 rank = self._rank_in_turn = (self._first_turn + int(rows[:, TURN].sum())) % len(rows)
                 left = self._total - int(rows[:, ALLOWED].sum())
@@ -393,6 +445,10 @@ class Workers:
             self._memory.flags[ALL_GRANTED] = 1
             for process in self._processes:
                 process.call(WAKE)
+
+    def _is_turn_over(self) -> bool:
+        """Whether the worker whose turn it was has told of its rollout, and nobody has the next turn yet."""
+        return bool(self._reported[self._rank_in_turn, UPDATES] == self._memory.rows[self._rank_in_turn, TURN])
 
     def _read(self, process: _Process) -> tuple[list[Report], bool]:
         """The reports that a worker sent, and whether it is gone."""
@@ -457,6 +513,8 @@ class Workers:
         found: list[tuple[_Process, str]] = []
         for process in self._processes:
             code, patience = process.poll(), self._patience(process)
+            if process.is_done:
+                continue
             if code is not None:
                 found.append((process, _ended_by(code)))
             elif process.silent_seconds > patience:
@@ -484,7 +542,7 @@ def _opened(report: Report) -> Report:
 
 def _cause(process: _Process) -> str:
     """See off a worker that left, and say why it did."""
-    code = process.end(patience=5.0)
+    code = process.end(patience=2.0)
     return "raised an error" if process.error else _ended_by(code)
 
 

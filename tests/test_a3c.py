@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import random
@@ -281,7 +282,8 @@ class Stop(BaseCallback):
 
 
 def in_turn(**arguments: Any) -> A3C:
-    return A3C("MlpPolicy", lambda: Short(), deterministic=True, **{**SMALL, "n_workers": 2, "n_steps": 4, **arguments})
+    usual: dict[str, Any] = {"env": lambda: Short(), "n_workers": 2, "n_steps": 4, **SMALL}
+    return A3C("MlpPolicy", deterministic=True, **{**usual, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -343,6 +345,98 @@ def test_what_callbacks_put_off_is_done_when_one_of_them_stops_the_run(tmp_path)
     model.learn(1e9, callback=[CheckpointCallback(save_freq=20, save_path=tmp_path), Stop(at=20)])
     (path,) = tmp_path.glob("*.zip")
     assert A3C.load(path).num_timesteps >= 20
+
+
+class Impatient(BaseCallback):
+    """Ends a training as soon as it has to wait."""
+
+    def _on_idle(self) -> bool:
+        return False
+
+
+def test_in_turn_a_run_that_ends_before_its_workers_have_started_goes_on_exactly(tmp_path: Path) -> None:
+    whole = in_turn().learn(90)
+    model = in_turn().learn(90, callback=Impatient())
+    assert model.num_timesteps == 0
+    model.learn(90, callback=Stop(at=30), reset_num_timesteps=False)
+    steps = model.num_timesteps
+    assert 30 <= steps < 60
+    model.learn(90 - steps, callback=Impatient(), reset_num_timesteps=False)
+    assert model.num_timesteps == steps
+    model.save(tmp_path / "model", full=True)
+    for resumed in (model, A3C.load(tmp_path / "model", env=lambda: Short())):
+        resumed.learn(90 - steps, reset_num_timesteps=False)
+        assert torch.equal(resumed.policy.flat, whole.policy.flat)
+
+
+class Sleeping(Short):
+    """Noise; the twelfth step takes long."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if self.life == 11:
+            time.sleep(self.seconds)
+        return super().step(action)
+
+
+def test_in_turn_a_full_save_in_the_midst_of_a_rollout_says_that_it_has_no_states(tmp_path: Path) -> None:
+    class Saving(BaseCallback):
+        is_saved = False
+
+        def _on_idle(self) -> bool:
+            if self.num_timesteps and not self.is_saved:
+                self.is_saved = True
+                with pytest.warns(UserWarning, match=r"workers \[0, 1\] did not tell their states"):
+                    self.model.save(tmp_path / "model", full=True)
+            return True
+
+    saving = Saving()
+    model = in_turn(env=lambda: Sleeping(1.0)).learn(60, callback=saving)
+    assert saving.is_saved and model.num_timesteps == 60
+    assert torch.equal(model.policy.flat, in_turn().learn(60).policy.flat)
+
+
+def test_in_turn_an_interrupted_step_is_told_of_since_the_run_cannot_go_on_exactly() -> None:
+    class Interrupting(BaseCallback):
+        def _on_idle(self) -> bool:
+            if self.num_timesteps >= 10:  # both workers have told of a rollout
+                raise KeyboardInterrupt
+            return True
+
+    model = in_turn(env=lambda: Sleeping(600.0))
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match=r"workers \[\d\] did not tell their states"):
+        model.learn(60, callback=Interrupting())
+
+
+class Filming(Short):
+    """Noise; at its end, an episode tells more than a socket holds."""
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, _ = super().step(action)
+        time.sleep(0.02)  # so that each end is told of by itself
+        return obs, reward, terminated, truncated, {"film": bytes(1_000_000)} if terminated else {}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_reports_may_be_larger_than_what_a_socket_holds(deterministic: bool) -> None:
+    films: list[int] = []
+
+    def look(variables: dict[str, Any], _: object) -> None:
+        films.extend(len(info["film"]) for info in variables["infos"] if "film" in info)
+
+    model = A3C("MlpPolicy", lambda: Filming(), n_workers=1, deterministic=deterministic, **SMALL)
+    assert model.learn(60, callback=look).num_timesteps == 60
+    assert films == [1_000_000] * 8
+
+
+def test_a_copy_made_in_training_is_in_none() -> None:
+    copies: list[A3C] = []
+    model = in_turn()
+    model.learn(30, callback=lambda *_: copies.append(copy.deepcopy(model)))
+    assert copies[0].learn(20).num_timesteps == 20
 
 
 def test_other_environments_begin_new_episodes():
@@ -541,33 +635,74 @@ def test_ctrl_c_ends_all_workers_and_keeps_the_model(tmp_path):
 
 
 SLOW = """
-    import time
+    import subprocess, sys, time
     import gymnasium, numpy as np
 
     class Slow(gymnasium.Env):
         observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
         action_space = gymnasium.spaces.Discrete(2)
-        steps = 0
+        steps, program = 0, None
+
         def reset(self, **kwargs):
             super().reset(**kwargs)
             return np.zeros(2, np.float32), {}
+
         def step(self, action):
             self.steps += 1
-            if self.steps == 8:
-                print("slow", flush=True)
-                time.sleep(600)
+            KIND(self)
             return np.zeros(2, np.float32), 1.0, False, False, {}
+
+        def close(self):
+            if KIND is closing and self.steps:
+                pause(600)
+
+    def pause(seconds):
+        print("slow", flush=True)
+        time.sleep(seconds)
+
+    def stepping(env):
+        if env.steps == 8:
+            pause(600)
+
+    def closing(env):
+        pass
+
+    def evaluating(env):
+        if sys.argv[0] != "-c":                     # not in a worker
+            pause(0.5)
+
+    def asking(env):
+        if env.program is None:
+            env.program = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if env.steps == 8:
+            print("slow", flush=True)
+        time.sleep(0.1)
+        env.program.stdin.write(b"?")
+        env.program.stdin.flush()
+        assert env.program.stdout.read(1)           # it gets Ctrl-C too
 
     gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=5)
 """
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_one_ctrl_c_ends_a_training_whose_workers_take_no_step(deterministic: bool, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW))
-    words = ["train", "a3c", "slow:Slow-v0", "--out", "run", "--set", "n_workers=2"]
-    words += ["--set", f"deterministic={deterministic}", "--checkpoint-freq", "0", "--eval-freq", "0"]
-    process = run_script(tmp_path, f"from sbac.cli import main\nraise SystemExit(main({words!r}))")
+@pytest.mark.parametrize(
+    ("kind", "deterministic", "words"),
+    [
+        ("stepping", False, ""),
+        ("stepping", True, ""),
+        ("closing", False, "--steps 20"),
+        ("evaluating", False, "--eval-freq 5 --eval-episodes 1000"),
+        ("asking", True, "--set max_worker_restarts=0"),
+    ],
+    ids=["stepping", "stepping in turn", "closing", "evaluating", "asking a program"],
+)
+def test_one_ctrl_c_ends_a_training_in_which_something_takes_long(
+    kind: str, deterministic: bool, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW).replace("KIND", kind))
+    arguments = "train a3c slow:Slow-v0 --out run --checkpoint-freq 0 --eval-freq 0 --set n_workers=2"
+    argv = [*arguments.split(), "--set", f"deterministic={deterministic}", *words.split()]
+    process = run_script(tmp_path, f"from sbac.cli import main\nraise SystemExit(main({argv!r}))")
     assert process.stdout is not None
     while process.stdout.readline() != "slow\n":
         assert process.poll() is None
@@ -580,13 +715,18 @@ def test_one_ctrl_c_ends_a_training_whose_workers_take_no_step(deterministic: bo
         time.sleep(0.05)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    stopped = re.search(r"stopped at step (\d+)", out)
-    assert stopped is not None and int(stopped[1]) >= 5  # each worker's first rollout has 5 steps
-    assert A3C.load(tmp_path / "run/model.zip").num_timesteps == int(stopped[1])
+    stopped = re.search(r"stopped at step ([\d,]+)", out)
+    assert stopped is not None
+    steps = int(stopped[1].replace(",", ""))
+    assert steps == 20 if kind == "closing" else steps >= 5  # a rollout has 5 steps
+    assert A3C.load(tmp_path / "run/model.zip").num_timesteps == steps
     (checkpoint,) = (tmp_path / "run/checkpoints").glob("*.zip")
-    assert checkpoint.name == f"model_{stopped[1]}_steps.zip"
-    assert A3C.load(checkpoint).num_timesteps == int(stopped[1])
-    assert ("did not tell their states" in err) is deterministic  # the one that was cut off, where it matters
+    assert checkpoint.name == f"model_{steps}_steps.zip"
+    assert A3C.load(checkpoint).num_timesteps == steps
+    assert "Traceback" not in err  # nobody is replaced any more
+    assert ("the evaluation at step" in err) is (kind == "evaluating")
+    # Of a worker that was cut off, where it matters.
+    assert ("did not tell their states" in err) is (deterministic and kind in ("stepping", "asking"))
 
 
 @pytest.mark.parametrize(
@@ -892,6 +1032,13 @@ def test_an_id_may_name_the_module_that_registers_it(tmp_path: Path, monkeypatch
         sys.modules.pop("mine", None)
     assert model.num_timesteps == 10
     assert [episode["l"] for episode in model.ep_info_buffer] == [5, 5]
+
+
+@pytest.mark.filterwarnings("ignore:.*Using the latest versioned environment")
+def test_an_id_may_leave_its_version_out() -> None:
+    model = A3C("MlpPolicy", "CartPole", n_workers=1, **SMALL)
+    assert model.learn(10).num_timesteps == 10
+    assert model.env.env_id == "CartPole-v1"
 
 
 def test_workers_see_the_spec_of_an_environment_that_only_this_process_registered():

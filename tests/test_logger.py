@@ -236,6 +236,20 @@ def test_csv_whose_header_was_cut_off_begins_anew(tmp_path: Path) -> None:
     assert (tmp_path / "progress.csv").read_text() == "c\n1\n"
 
 
+def test_csv_of_a_run_that_goes_on_before_its_first_row_begins_anew(tmp_path: Path) -> None:
+    table = CSVOutputFormat(tmp_path / "progress.csv")
+    before = table.get_state()
+    table.write({"a": 1, "b": 2})
+    table.set_state(before)
+    table.write({"c": 3})
+    assert (tmp_path / "progress.csv").read_text() == "c\n3\n"
+    at_first = table.get_state()
+    table.write({"c": 4, "d": 5})
+    table.set_state(at_first)
+    table.write({"d": 6})
+    assert rows_of(tmp_path / "progress.csv") == [{"c": "3", "d": ""}, {"c": "", "d": "6"}]
+
+
 def test_rows_are_on_disk_after_each_dump(tmp_path: Path) -> None:
     logger = configure(tmp_path, ["csv", "json", "log"])
     for count in (1, 2):
