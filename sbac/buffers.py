@@ -405,7 +405,7 @@ class ReplayBuffer:
             self._ones[len(index)] = torch.ones(len(index), device=self.device)
         return ReplayBatch(
             obs=self._tensors(self._take(index)),
-            action=self._tensor(self.action.reshape(self.buffer_size, -1)[index]),
+            action=self._tensor(self.action.reshape(self.buffer_size, -1).take(index, axis=0)),
             reward=self._tensor(reward),
             discount=self._tensor(discount),
             terminated=self._tensor((self.flags.reshape(-1)[last] & TERMINATED).astype(np.float32)),
@@ -430,9 +430,10 @@ class ReplayBuffer:
     def _successors(self, index: np.ndarray) -> Tree:
         """What followed the rows `index`: the next row, but for the newest and for those in the table."""
         successor = self._take((index + self.n_envs) % self.buffer_size)
-        for i in np.flatnonzero(self.flags.reshape(-1)[index] & CUT):
+        is_cut = self.flags.reshape(-1)[index] & CUT > 0
+        for i in is_cut.nonzero()[0]:
             set_rows(successor, i, self._successor_of[int(index[i])])
-        for i in np.flatnonzero(self._is_newest(index) & ~(self.flags.reshape(-1)[index] & CUT > 0)):
+        for i in (self._is_newest(index) & ~is_cut).nonzero()[0]:
             set_rows(successor, i, rows(self._newest, index[i] % self.n_envs))
         return successor
 
@@ -523,7 +524,7 @@ class ReplayBuffer:
         set_rows(self.obs, row, obs)
 
     def _take(self, index: np.ndarray) -> Tree:
-        return tree_map(lambda leaf: leaf.reshape(self.buffer_size, *leaf.shape[2:])[index], self.obs)
+        return tree_map(lambda leaf: leaf.reshape(self.buffer_size, *leaf.shape[2:]).take(index, axis=0), self.obs)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from sbac.adapters import Step
 from sbac.bodies import Body, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
+from sbac.ensemble import MANY, Ensemble, EnsembleTrace
 from sbac.guards import require_constant, require_whole
+from sbac.look import Look, is_hooked, is_watched
 from sbac.networks import (
     BaseFeaturesExtractor,
     FlattenExtractor,
@@ -22,7 +24,7 @@ from sbac.networks import (
     init_fan_in,
     init_uniform,
 )
-from sbac.perceptron import Gradient, Perceptron, Trace, is_hooked
+from sbac.perceptron import FEW, Gradient, Perceptron, Trace
 from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
@@ -133,17 +135,11 @@ class QNetwork(nn.Module):
 
     def trace(self, features: Tensor, action: Tensor) -> QTrace | None:
         """As `forward`, with the way back; None where that is left to autograd."""
-        below = self._state.trace(features) if self.joins_late else None
-        if self.joins_late:
-            if below is None:
-                return None
-            features = below.output
-        above = self._q.trace(torch.cat([features, action], dim=1))
-        return None if above is None else QTrace(below, above, action.shape[1])
+        return _trace_q(self._state.trace if self.joins_late else None, self._q.trace, features, action)
 
 
 class QTrace:
-    """What a Q-network gave, with the way back from it.
+    """What a Q-network gave, or several side by side, with the way back from it.
 
     Args:
         below: Of the layers that read the state only, if any.
@@ -151,24 +147,43 @@ class QTrace:
         action_dim: Number of action dimensions.
 
     Attributes:
-        q: (B,).
+        q: (B,), or (n_critics, B).
     """
 
-    def __init__(self, below: Trace | None, above: Trace, action_dim: int) -> None:
+    def __init__(self, below: Trace | EnsembleTrace | None, above: Trace | EnsembleTrace, action_dim: int) -> None:
         self._below, self._above, self._action_dim = below, above, action_dim
         self.q = above.output.squeeze(-1)
 
     def back(self, gradient: Tensor, into: Mapping[int, Gradient]) -> None:
-        """Add to the gradients of the parameters, from that of a loss with respect to `q`, (B,)."""
+        """Add to the gradients of the parameters, from that of a loss with respect to `q`."""
         of_joined = self._above.back(gradient.unsqueeze(-1), into, self._below is not None)
         if self._below is not None and of_joined is not None:
-            self._below.back(of_joined[:, : -self._action_dim], into)
+            self._below.back(of_joined[..., : -self._action_dim], into)
 
     def action_gradient(self) -> Tensor:
         """dQ/da, (B, action_dim)."""
         of_joined = self._above.back(torch.ones_like(self.q).unsqueeze(-1), {}, is_input_asked=True)
         assert of_joined is not None
-        return of_joined[:, -self._action_dim :]
+        return of_joined[..., -self._action_dim :]
+
+
+def _trace_q(
+    below: Callable[[Tensor], Trace | EnsembleTrace | None] | None,
+    above: Callable[[Tensor], Trace | EnsembleTrace | None],
+    features: Tensor,
+    action: Tensor,
+) -> QTrace | None:
+    """Q(s, a) through the layers that read the state only, if any, and through those that read the action too."""
+    under = None
+    if below is not None:
+        under = below(features)
+        if under is None:
+            return None
+        features = under.output
+        if features.dim() > action.dim():
+            action = action.expand(len(features), *action.shape)
+    over = above(torch.cat([features, action], dim=-1))
+    return None if over is None else QTrace(under, over, action.shape[-1])
 
 
 class Critic(Trainable):
@@ -190,14 +205,23 @@ class Critic(Trainable):
         object.__setattr__(self, "preprocessor", preprocessor)
         self.features_extractor = extractor
         self.q_networks = nn.ModuleList(q_networks)
+        self._has_several = len(q_networks) > 1
+        self._found = _Found()
 
     def forward(self, obs: Tree, action: Tensor) -> Tensor:
         """(B, *obs_shape), (B, action_dim) -> (n_critics, B)."""
+        if not torch.is_grad_enabled():
+            trace = self._trace(obs, action, with_way_back=False)
+            if trace is not None:
+                return trace.q
         features = _features(self, obs)
         return torch.stack([q_network(features, action) for q_network in self.q_networks])
 
     def evaluate(self, obs: Tree, action: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
         """As `forward`, and the way back: a function of the gradient of a loss with respect to it, (n_critics, B)."""
+        trace = self._trace(obs, action, with_way_back=True)
+        if trace is not None:
+            return trace.q, lambda gradient: trace.back(gradient, self._in_place)
         traces = self._traces(obs, action, list(self.q_networks))
         if traces is None:
             q = self(obs, action)
@@ -222,6 +246,22 @@ class Critic(Trainable):
         """Q(s, a) of the first member only: (B,)."""
         return self.q_networks[0](_features(self, obs), action)
 
+    def _trace(self, obs: Tree, action: Tensor, with_way_back: bool) -> QTrace | None:
+        """Of all members side by side; None where that does not pay, or is not the same as each on its own way."""
+        if not self._has_several:
+            return None
+        if not self._found.look.is_still_so():
+            self._found = _look(self)
+        found = self._found
+        if not FEW < len(action) * found.n_weights <= MANY:
+            return None
+        if found.look.is_hooked() or is_watched() or (with_way_back and found.look.has_hooks_of_gradients()):
+            return None
+        features = _features_without_learning(self, obs)
+        if features is None or features.dtype is not torch.float32:
+            return None
+        return _trace_q(found.below.trace if found.join_late else None, found.above.trace, features, action)
+
     def _traces(self, obs: Tree, action: Tensor, members: Sequence[Any]) -> list[QTrace] | None:
         """Of each of these members; None where their way back is left to autograd."""
         is_own = type(self) is Critic and all(type(member) is QNetwork for member in members)
@@ -232,6 +272,34 @@ class Critic(Trainable):
             return None
         traces = [member.trace(features, action) for member in members]
         return None if None in traces else traces
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without views, which would become tensors of their own in a copy.
+        return {**super().__getstate__(), "_found": _Found()}
+
+
+class _Found(NamedTuple):
+    """The members of a critic when they were looked at, side by side."""
+
+    look: Look = Look()
+    join_late: bool = False
+    below: Ensemble = Ensemble([])  # layers that read the state only
+    above: Ensemble = Ensemble([])  # layers that read the action too
+    n_weights: int = 0  # of the largest layer of each; 0 where they cannot go together
+
+
+def _look(critic: Critic) -> _Found:
+    """See what the members of a critic are."""
+    look = Look([*critic.modules()])
+    members: list[Any] = list(critic.q_networks)
+    joins = {member.joins_late for member in members if type(member) is QNetwork}
+    if type(critic) is not Critic or len(joins) != 1 or any(type(member) is not QNetwork for member in members):
+        return _Found(look)
+    join_late = joins.pop()
+    below = Ensemble([member._state.layers() for member in members])
+    above = Ensemble([member._q.layers() for member in members])
+    sizes = [above.n_weights, below.n_weights] if join_late else [above.n_weights]
+    return _Found(look, join_late, below, above, max(sizes) if all(sizes) else 0)
 
 
 def _features(network: Actor | Critic, obs: Tree) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from sbac.look import Look, is_watched
 
 FEW = 2**18
 """Multiplications in the largest layer up to which NumPy, which needs less time to begin, does the work.
@@ -30,7 +31,7 @@ class Gradient(NamedTuple):
     array: np.ndarray | None  # None where NumPy cannot reach it
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """A linear layer and the activation behind it, as tensors and as arrays that share the parameters' memory."""
 
     weight: Tensor  # (n_out, n_in)
@@ -60,23 +61,23 @@ class Perceptron:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, n_in) -> (B, n_out)."""
-        if torch.is_grad_enabled() or not self._takes(x):
+        if torch.is_grad_enabled() or not (_is_matrix(x) and self._is_plain()):
             for name in self._names:
                 x = getattr(self._owner, name)(x)
             return x
-        layers, n_weights = self._found.layers, self._found.n_weights
-        if len(x) * n_weights <= FEW:
-            return torch.from_numpy(_forward_arrays(layers, x.detach().numpy())[-1])
-        return _forward(layers, x.detach())[-1]
+        found = self._found
+        if len(x) * found.n_weights <= FEW:
+            return torch.from_numpy(_forward_arrays(found.layers, x.detach().numpy())[-1])
+        return _forward(found.layers, x.detach())[-1]
 
     def trace(self, x: Tensor) -> Trace | None:
         """As a call, with the way back; None where that is not written out, but left to autograd."""
-        if not self._takes(x) or any(map(_has_hooks_of_gradients, self._found.parameters)):
+        if not (_is_matrix(x) and self._is_plain()) or self._found.look.has_hooks_of_gradients():
             return None
-        layers, n_weights = self._found.layers, self._found.n_weights
-        if len(x) * n_weights <= FEW:
-            return Trace(layers, _forward_arrays(layers, x.detach().numpy()))
-        return Trace(layers, _forward(layers, x.detach()))
+        found = self._found
+        if len(x) * found.n_weights <= FEW:
+            return Trace(found.layers, _forward_arrays(found.layers, x.detach().numpy()))
+        return Trace(found.layers, _forward(found.layers, x.detach()))
 
     def act(self, x: np.ndarray) -> np.ndarray | None:
         """As a call, from array to array, for a few rows; None where that is left to the modules."""
@@ -87,17 +88,16 @@ class Perceptron:
                 x = x.astype(np.float32)
         return _forward_arrays(self._found.layers, x)[-1]
 
-    def _takes(self, x: Tensor) -> bool:
-        """Whether what is written out does the same to `x` as the modules."""
-        return x.dim() == 2 and x.dtype is torch.float32 and self._is_plain()
+    def layers(self) -> Sequence[Layer]:
+        """What it is made of, as it lies in memory now; nothing where it is not plain."""
+        if not self._found.look.is_still_so():
+            # Somebody replaced a module or a parameter, or gave one other memory.
+            self._found = _look(self._owner, [self._owner._modules[name] for name in self._names])
+        return self._found.layers
 
     def _is_plain(self) -> bool:
-        """Whether all parts are what is written out here, as they lie in memory now."""
-        if not self._found.is_still_so(self._owner._modules):
-            # Somebody replaced a module or a parameter, or gave one other memory.
-            self._found = _look([(name, self._owner._modules[name]) for name in self._names])
-        found = self._found
-        return bool(found.layers) and not (any(found.hooks) or found.has_own_forward() or _is_watched())
+        """Whether all parts are what is written out here, and nobody looks on."""
+        return bool(self.layers()) and not (self._found.look.is_hooked() or is_watched())
 
     def __getstate__(self) -> dict[str, Any]:
         # Without views, which would become tensors of their own in a copy.
@@ -105,57 +105,20 @@ class Perceptron:
 
 
 class _Found(NamedTuple):
-    """What the parts of a perceptron were when they were looked at, so that a change is noticed at little cost."""
+    """What a perceptron was when it was looked at."""
 
-    layers: Sequence[_Layer] = ()  # none where the short way would not be the same
+    look: Look = Look()
+    layers: Sequence[Layer] = ()  # none where the short way would not be the same
     n_weights: int = 0  # of the largest layer
-    parts: Sequence[tuple[str, Any]] = ()
-    insides: Sequence[tuple[Mapping[str, Any], Sequence[Any]]] = ()  # of each `nn.Sequential`: now, and then
-    holders: Sequence[Mapping[str, Any]] = ()  # of parameters, by name
-    parameters: Sequence[Any] = ()
-    ids: Sequence[int] = ()
-    addresses: Sequence[int] = ()
-    hooks: Sequence[Mapping[int, Any]] = ()  # of all modules; empty where nobody hooked into them
-    attributes: Sequence[Mapping[str, Any]] = ()  # of all modules
-
-    def is_still_so(self, owned: Mapping[str, Any]) -> bool:
-        """Whether the owner's modules, and the memory of their parameters, are those that were found."""
-        for name, part in self.parts:
-            if owned[name] is not part:
-                return False
-        for inside, then in self.insides:
-            if list(inside.values()) != then:
-                return False
-        parameters = [p for holder in self.holders for p in holder.values() if p is not None]
-        if [*map(id, parameters)] != self.ids:  # others may lie in the same memory
-            return False
-        return bool(self.parts) and [*map(Tensor.data_ptr, parameters)] == self.addresses
-
-    def has_own_forward(self) -> bool:
-        """Whether somebody gave one of the modules another `forward`."""
-        return any("forward" in attributes for attributes in self.attributes)
 
 
-def _look(parts: Sequence[tuple[str, Any]]) -> _Found:
+def _look(owner: nn.Module, parts: Sequence[Any]) -> _Found:
     """See what the parts of a perceptron are."""
-    modules: list[nn.Module] = []
-    for _, part in parts:
+    modules: list[Any] = []
+    for part in parts:
         modules += [part, *part._modules.values()] if type(part) is nn.Sequential else [part]
-    layers = _plain_layers(modules, [part for _, part in parts])
-    holders = [module._parameters for module in modules if module._parameters]
-    parameters = [parameter for holder in holders for parameter in holder.values() if parameter is not None]
-    return _Found(
-        layers,
-        max((layer.weight.numel() for layer in layers), default=0),
-        parts,
-        [(part._modules, list(part._modules.values())) for _, part in parts if type(part) is nn.Sequential],
-        holders,
-        parameters,
-        [*map(id, parameters)],
-        [parameter.data_ptr() for parameter in parameters],
-        [hooks for module in modules for hooks in _hooks(module)],
-        [module.__dict__ for module in modules],
-    )
+    layers = _plain_layers(modules, parts)
+    return _Found(Look([owner, *modules], modules), layers, max((layer.weight.numel() for layer in layers), default=0))
 
 
 class Trace:
@@ -169,7 +132,7 @@ class Trace:
         output: (B, n_out).
     """
 
-    def __init__(self, layers: Sequence[_Layer], kept: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Layer], kept: Sequence[Any]) -> None:
         self._layers, self._kept = layers, kept
         self._is_few = isinstance(kept[0], np.ndarray)
         self.output: Tensor = torch.from_numpy(kept[-1]) if self._is_few else kept[-1]
@@ -186,51 +149,30 @@ class Trace:
             with np.errstate(all="ignore"):
                 array = _backward_arrays(self._layers, self._kept, gradient.numpy(), into, is_input_asked)
             return torch.from_numpy(array) if is_input_asked else None
-        gradient = _backward(self._layers, self._kept, gradient, into, is_input_asked)
+        gradient = backward(self._layers, self._kept, gradient, into, is_input_asked)
         return gradient if is_input_asked else None
 
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody hooked into a module, or gave it another `forward`."""
-    return "forward" in module.__dict__ or any(_hooks(module))
+def _is_matrix(x: Tensor) -> bool:
+    return x.dim() == 2 and x.dtype is torch.float32
 
 
-def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def _has_hooks_of_gradients(parameter: Tensor | None) -> bool:
-    return parameter is not None and bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
-
-
-def _is_watched() -> bool:
-    """Whether torch looks at each operation: it traces, compiles, transforms, counts or casts."""
-    return bool(
-        torch.is_autocast_enabled("cpu")
-        or torch._C._is_tracing()
-        or torch.compiler.is_compiling()
-        or _has_any_global_hook()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-    )
-
-
-def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[Any]) -> list[_Layer]:
+def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[Any]) -> list[Layer]:
     """The layers that the modules make up; none where the short way would not be the same.
 
     Args:
         modules: In order, with each part before what is in it.
         parts: Those that may be an `nn.Sequential`.
     """
-    layers: list[_Layer] = []
+    layers: list[Layer] = []
     for module in modules:
         if type(module) is nn.Linear and _is_usual(module.weight) and _is_usual(module.bias):
             weight, bias = module.weight.detach(), module.bias.detach()
             arrays = weight.numpy(), weight.numpy().T, bias.numpy()
-            layers.append(_Layer(weight, weight.t(), bias, *arrays, id(module.weight), id(module.bias)))
+            layers.append(Layer(weight, weight.t(), bias, *arrays, id(module.weight), id(module.bias)))
         elif type(module) in _ACTIVATIONS and layers and layers[-1].activation is None:
             layers[-1] = layers[-1]._replace(activation=_ACTIVATIONS[type(module)])
         elif type(module) is not nn.Sequential or all(module is not part for part in parts):
@@ -242,7 +184,7 @@ def _is_usual(parameter: Tensor | None) -> bool:
     return parameter is not None and parameter.dtype is torch.float32 and parameter.device.type == "cpu"
 
 
-def _forward_arrays(layers: Sequence[_Layer], x: np.ndarray) -> list[np.ndarray]:
+def _forward_arrays(layers: Sequence[Layer], x: np.ndarray) -> list[np.ndarray]:
     """The input and what comes out of each layer behind its activation: n + 1 arrays."""
     kept = [x]
     with np.errstate(all="ignore"):  # what is not finite is noticed later, as with torch
@@ -257,7 +199,7 @@ def _forward_arrays(layers: Sequence[_Layer], x: np.ndarray) -> list[np.ndarray]
     return kept
 
 
-def _forward(layers: Sequence[_Layer], x: Tensor) -> list[Tensor]:
+def _forward(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     """As `_forward_arrays`, by torch."""
     kept = [x]
     for layer in layers:
@@ -271,7 +213,7 @@ def _forward(layers: Sequence[_Layer], x: Tensor) -> list[Tensor]:
 
 
 def _backward_arrays(
-    layers: Sequence[_Layer],
+    layers: Sequence[Layer],
     kept: Sequence[np.ndarray],
     gradient: np.ndarray,
     into: Mapping[int, Gradient],
@@ -299,8 +241,15 @@ def _backward_arrays(
 _relu_backward, _tanh_backward = torch.ops.aten.threshold_backward.default, torch.ops.aten.tanh_backward.default
 
 
-def _backward(
-    layers: Sequence[_Layer],
+def through_activation(activation: str | None, gradient: Tensor, output: Tensor) -> Tensor:
+    """The gradient with respect to what an activation read, from that with respect to what it gave, and from this."""
+    if activation == "relu":
+        return _relu_backward(gradient, output, 0)
+    return _tanh_backward(gradient, output) if activation == "tanh" else gradient
+
+
+def backward(
+    layers: Sequence[Layer],
     kept: Sequence[Tensor],
     gradient: Tensor,
     into: Mapping[int, Gradient],
@@ -309,10 +258,7 @@ def _backward(
     """As `_backward_arrays`, by torch."""
     for k in range(len(layers) - 1, -1, -1):
         layer, below, above = layers[k], kept[k], kept[k + 1]
-        if layer.activation == "relu":
-            gradient = _relu_backward(gradient, above, 0)
-        elif layer.activation == "tanh":
-            gradient = _tanh_backward(gradient, above)
+        gradient = through_activation(layer.activation, gradient, above)
         weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
         if weight is not None:
             weight.tensor.addmm_(gradient.t(), below)

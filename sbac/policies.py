@@ -18,10 +18,11 @@ from sbac.buffers import RolloutBatch
 from sbac.distributions import Distribution, DistributionFamily
 from sbac.envs import ActionCodec
 from sbac.guards import require_constant
+from sbac.look import is_hooked
 from sbac.networks import create_mlp, has_nothing_to_learn, init_orthogonal
 from sbac.normalization import Normalizer, make_normalizer
 from sbac.observations import MASK, as_batch, split_mask
-from sbac.perceptron import Perceptron, is_hooked
+from sbac.perceptron import Perceptron
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
 from sbac.trees import Tree, leaves, rows, space_tree

@@ -1,0 +1,151 @@
+"""Perceptrons of one form that lie evenly in one memory: one product for the same layer of all of them.
+
+Critics that read the same input take as many calls as there are of them, and small ones consist of calls. As a batch of
+matrices they take those of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sbac.perceptron import Gradient, Layer, backward, through_activation
+
+MANY = 2**24
+"""Multiplications in the largest layer of each perceptron up to which it pays to take all together.
+
+Beyond them a core's cache no longer holds what lies between two layers of all, which costs more than calls do.
+"""
+
+
+class _Layers(NamedTuple):
+    """The same layer of M perceptrons, in their memory."""
+
+    weight: Tensor  # (M, n_out, n_in)
+    weight_t: Tensor  # (M, n_in, n_out)
+    bias: Tensor  # (M, 1, n_out)
+    activation: str | None
+
+
+class Ensemble:
+    """M perceptrons side by side.
+
+    Args:
+        members: The layers of each, as `Perceptron.layers` gives them.
+
+    Attributes:
+        n_weights: Of the largest layer of each; 0 where they have no common form.
+    """
+
+    def __init__(self, members: Sequence[Sequence[Layer]]) -> None:
+        self._members = members
+        self._layers = _stack_layers(members)
+        self.n_weights = max((layer.weight[0].numel() for layer in self._layers), default=0)
+        self._into: Mapping[int, Gradient] | None = None
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+
+    def trace(self, x: Tensor) -> EnsembleTrace | None:
+        """What they give, with the way back; None where they have no common form.
+
+        Args:
+            x: (B, n_in) for all, or (M, B, n_in), of float32.
+        """
+        if not self._layers:
+            return None
+        x = x.detach()
+        if x.dim() == 2:
+            x = x.expand(len(self._members), *x.shape)
+        kept = [x]
+        for layer in self._layers:
+            x = torch.baddbmm(layer.bias, x, layer.weight_t)
+            if layer.activation == "relu":
+                x.relu_()
+            elif layer.activation == "tanh":
+                x.tanh_()
+            kept.append(x)
+        return EnsembleTrace(self, self._members, self._layers, kept)
+
+    def gradients(self, into: Mapping[int, Gradient]) -> list[tuple[Tensor, Tensor]]:
+        """Those of weights and biases of each layer; none where some are left out, or lie elsewhere."""
+        if into is not self._into:
+            self._into, self._gradients = into, _stack_gradients(self._members, into)
+        return self._gradients
+
+
+class EnsembleTrace:
+    """What M perceptrons gave, with the way back from it.
+
+    Args:
+        ensemble: Knows where gradients lie.
+        members: The layers of each.
+        layers: Of all.
+        kept: The input and what came out of each layer behind its activation, (M, B, n).
+
+    Attributes:
+        output: (M, B, n_out).
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, members: Sequence[Sequence[Layer]], layers: Sequence[_Layers], kept: Sequence[Tensor]
+    ) -> None:
+        self._ensemble, self._members, self._layers, self._kept = ensemble, members, layers, kept
+        self.output = kept[-1]
+
+    def back(self, gradient: Tensor, into: Mapping[int, Gradient], is_input_asked: bool = False) -> Tensor | None:
+        """As `Trace.back`, of (M, B, n_out) and to (M, B, n_in)."""
+        gradients = self._ensemble.gradients(into)
+        if not gradients:
+            inputs = []
+            for k, layers in enumerate(self._members):
+                inputs.append(backward(layers, [kept[k] for kept in self._kept], gradient[k], into, is_input_asked))
+            return torch.stack(inputs) if is_input_asked else None
+        for k in range(len(self._layers) - 1, -1, -1):
+            layer = self._layers[k]
+            gradient = through_activation(layer.activation, gradient, self._kept[k + 1])
+            of_weight, of_bias = gradients[k]
+            of_weight.baddbmm_(gradient.transpose(1, 2), self._kept[k])
+            of_bias.add_(gradient.sum(1))
+            if k > 0 or is_input_asked:
+                gradient = gradient.bmm(layer.weight)
+        return gradient if is_input_asked else None
+
+
+def _stack_layers(members: Sequence[Sequence[Layer]]) -> list[_Layers]:
+    """The layers of all; none where they are of several forms or do not lie evenly."""
+    if len(members) < 2 or not all(members) or len({*map(len, members)}) != 1:
+        return []
+    stacked: list[_Layers] = []
+    for layers in zip(*members, strict=True):
+        weight, bias = _stack([layer.weight for layer in layers]), _stack([layer.bias for layer in layers])
+        if weight is None or bias is None or len({layer.activation for layer in layers}) != 1:
+            return []
+        stacked.append(_Layers(weight, weight.transpose(1, 2), bias.unsqueeze(1), layers[0].activation))
+    return stacked
+
+
+def _stack_gradients(members: Sequence[Sequence[Layer]], into: Mapping[int, Gradient]) -> list[tuple[Tensor, Tensor]]:
+    stacked: list[tuple[Tensor, Tensor]] = []
+    for layers in zip(*members, strict=True):
+        pair = []
+        for ids in ([layer.weight_id for layer in layers], [layer.bias_id for layer in layers]):
+            gradients = [into[i].tensor for i in ids if i in into]
+            pair.append(_stack(gradients) if len(gradients) == len(ids) else None)
+        weight, bias = pair
+        if weight is None or bias is None:
+            return []
+        stacked.append((weight, bias))
+    return stacked
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view of tensors of one form that lie at equal distances in one memory, (M, *shape); None where they do not."""
+    first = tensors[0]
+    forms = {(tensor.shape, tensor.stride(), tensor.untyped_storage().data_ptr()) for tensor in tensors}
+    distances = {after.storage_offset() - before.storage_offset() for before, after in pairwise(tensors)}
+    if len(forms) != 1 or len(distances) != 1 or min(distances) < first.numel():
+        return None
+    return first.as_strided((len(tensors), *first.shape), (*distances, *first.stride()))

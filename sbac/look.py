@@ -1,0 +1,76 @@
+"""Whether modules are still what they were when somebody looked, and whether anybody looks on at what they do.
+
+Where operations are written out instead of going through modules and autograd, these are asked at each use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import contains
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+class Look:
+    """What modules consist of, so that a change is noticed at little cost.
+
+    Args:
+        modules: Those that hold what is looked at; none where nobody has looked yet.
+        calls: Those of them, by default all, that are called: into which somebody may have hooked.
+
+    Attributes:
+        parameters: Of all modules.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module] = (), calls: Sequence[nn.Module] | None = None) -> None:
+        called = modules if calls is None else calls
+        self._holders = [holder for module in modules for holder in (module._modules, module._parameters) if holder]
+        held = self._now()
+        self._ids = [*map(id, held)]
+        self._held = held  # so that none of them goes, and leaves its id to another
+        self.parameters = [part for part in held if isinstance(part, Tensor)]
+        self._addresses = [*map(Tensor.data_ptr, self.parameters)]
+        self._hooks = [hooks for module in called for hooks in _hooks(module)]
+        self._attributes = [module.__dict__ for module in called]
+
+    def is_still_so(self) -> bool:
+        """Whether the modules hold the same parts and parameters, in the same memory; not if nobody has looked yet."""
+        if not self._holders or [*map(id, self._now())] != self._ids:
+            return False
+        return [*map(Tensor.data_ptr, self.parameters)] == self._addresses
+
+    def _now(self) -> list[Any]:
+        return [part for holder in self._holders for part in holder.values()]
+
+    def is_hooked(self) -> bool:
+        """Whether somebody hooked into one of the modules, or gave it another `forward`."""
+        return any(self._hooks) or any(map(contains, self._attributes, repeat("forward")))
+
+    def has_hooks_of_gradients(self) -> bool:
+        """Whether somebody is to be told of a parameter's gradient."""
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody hooked into a module, or gave it another `forward`."""
+    return "forward" in module.__dict__ or any(_hooks(module))
+
+
+def is_watched() -> bool:
+    """Whether torch looks at each operation: it traces, compiles, transforms, counts or casts."""
+    return bool(
+        torch.is_autocast_enabled("cpu")
+        or torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+        or _has_any_global_hook()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
