@@ -332,8 +332,9 @@ class DDPG(BaseAlgorithm):
             target = batch.reward + batch.discount * (1 - batch.terminated) * next_q  # (B,)
         q, back = self.critic.evaluate(batch.obs, batch.action)  # (n_critics, B), one by default
         td_error = q - target  # (n_critics, B)
-        critic_loss = (batch.weight * td_error.square()).mean(1).sum()
-        of_q = batch.weight * td_error * (2 / len(target))  # d critic_loss / d Q(s, a)
+        weighted = batch.weight * td_error
+        critic_loss = (weighted * td_error).mean(1).sum()
+        of_q = weighted * (2 / len(target))  # d critic_loss / d Q(s, a)
         self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
 
         # Actor: maximise Q(s, mu(s)), along the mean of grad_a Q(s, a)|a=mu(s) grad mu(s): equation 6.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sbac.adapters import Step
 from sbac.bodies import Body, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
-from sbac.ensemble import MANY, Ensemble, EnsembleTrace
+from sbac.ensemble import Ensemble, EnsembleTrace
 from sbac.guards import require_constant, require_whole
 from sbac.look import Look, is_hooked, is_watched
 from sbac.networks import (
@@ -253,7 +253,7 @@ class Critic(Trainable):
         if not self._found.look.is_still_so():
             self._found = _look(self)
         found = self._found
-        if not FEW < len(action) * found.n_weights <= MANY:
+        if len(action) * found.n_weights <= FEW:
             return None
         if found.look.is_hooked() or is_watched() or (with_way_back and found.look.has_hooks_of_gradients()):
             return None

@@ -16,9 +16,9 @@ from torch import Tensor
 from sbac.perceptron import Gradient, Layer, backward, through_activation
 
 MANY = 2**24
-"""Multiplications in the largest layer of each perceptron up to which it pays to take all together.
+"""Multiplications in the largest layer of each perceptron up to which the way back pays to be taken together.
 
-Beyond them a core's cache no longer holds what lies between two layers of all, which costs more than calls do.
+Beyond them a core's cache no longer holds what it needs of all at once, which costs more than calls do.
 """
 
 
@@ -98,7 +98,7 @@ class EnsembleTrace:
     def back(self, gradient: Tensor, into: Mapping[int, Gradient], is_input_asked: bool = False) -> Tensor | None:
         """As `Trace.back`, of (M, B, n_out) and to (M, B, n_in)."""
         gradients = self._ensemble.gradients(into)
-        if not gradients:
+        if not gradients or self.output.shape[1] * self._ensemble.n_weights > MANY:
             inputs = []
             for k, layers in enumerate(self._members):
                 inputs.append(backward(layers, [kept[k] for kept in self._kept], gradient[k], into, is_input_asked))

@@ -441,7 +441,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
         return self.features_extractor(obs), mask
 
     def _distribution(self, parameters: Tensor, mask: Tensor | None) -> Distribution:
-        return self.family(parameters, getattr(self, "log_std", None), mask)
+        return self.family(parameters, self.log_std if self.family.n_dims else None, mask)
 
 
 class CnnActorCritic(StochasticActorCritic):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import sbac.deterministic
+import sbac.ensemble
 from sbac import DDPG, TD3
 from sbac.ensemble import Ensemble, EnsembleTrace
 from sbac.perceptron import Gradient, Perceptron
@@ -45,8 +45,12 @@ class Nets(nn.Module):
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("shared", [True, False])
-def test_both_ways_through_give_what_autograd_gives(n: int, activation: type[nn.Module], shared: bool) -> None:
+@pytest.mark.parametrize("many", [True, False])
+def test_both_ways_through_give_what_autograd_gives(
+    n: int, activation: type[nn.Module], shared: bool, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(n)
+    monkeypatch.setattr(sbac.ensemble, "MANY", 0 if many else 128 * 64 * 64)
     nets = Nets(n, activation)
     x = torch.randn(128, 4) if shared else torch.randn(n, 128, 4)
     each = (x.expand(n, 128, 4) if shared else x).clone().requires_grad_()
@@ -175,10 +179,9 @@ def test_updates_equal_those_by_autograd(n_critics: int, action_layer: int, coun
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_few_and_very_many_go_their_own_ways(counted: list[EnsembleTrace], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_go_their_own_ways(counted: list[EnsembleTrace]) -> None:
     model = model_of().learn(201)
-    monkeypatch.setattr(sbac.deterministic, "MANY", 100 * 64 * 64)
-    for n_rows, is_together in ((64, False), (65, True), (100, True), (101, False)):
+    for n_rows, is_together in ((64, False), (65, True)):
         counted.clear()
         model.train(1, batch_size=n_rows)
         assert bool(counted) is is_together
