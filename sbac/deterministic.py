@@ -24,7 +24,7 @@ from sbac.networks import (
     init_fan_in,
     init_uniform,
 )
-from sbac.perceptron import FEW, Gradient, Perceptron, Trace
+from sbac.perceptron import FEW, Gradient, Perceptron, Plain, Trace
 from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
@@ -133,10 +133,6 @@ class QNetwork(nn.Module):
             features = self._state(features)
         return self._q(torch.cat([features, action], dim=1)).squeeze(-1)
 
-    def trace(self, features: Tensor, action: Tensor) -> QTrace | None:
-        """As `forward`, with the way back; None where that is left to autograd."""
-        return _trace_q(self._state.trace if self.joins_late else None, self._q.trace, features, action)
-
 
 class QTrace:
     """What a Q-network gave, or several side by side, with the way back from it.
@@ -167,23 +163,49 @@ class QTrace:
         return of_joined[..., -self._action_dim :]
 
 
-def _trace_q(
-    below: Callable[[Tensor], Trace | EnsembleTrace | None] | None,
-    above: Callable[[Tensor], Trace | EnsembleTrace | None],
-    features: Tensor,
-    action: Tensor,
-) -> QTrace | None:
-    """Q(s, a) through the layers that read the state only, if any, and through those that read the action too."""
-    under = None
-    if below is not None:
-        under = below(features)
-        if under is None:
-            return None
-        features = under.output
-        if features.dim() > action.dim():
-            action = action.expand(len(features), *action.shape)
-    over = above(torch.cat([features, action], dim=-1))
-    return None if over is None else QTrace(under, over, action.shape[-1])
+class _Way(NamedTuple):
+    """Through one Q-network, or through several side by side."""
+
+    below: Plain | Ensemble | None  # layers that read the state only, if there are such
+    above: Plain | Ensemble  # layers that read the action too
+
+    def trace(self, features: Tensor, action: Tensor) -> QTrace:
+        """Q(s, a), with the way back."""
+        below = None if self.below is None else self.below.trace(features)
+        if below is not None:
+            features = below.output
+            if features.dim() > action.dim():
+                action = action.expand(len(features), *action.shape)
+        return QTrace(below, self.above.trace(torch.cat([features, action], dim=-1)), action.shape[-1])
+
+    def n_weights(self) -> int:
+        """Of the largest layer of each."""
+        return max(part.n_weights for part in (self.below, self.above) if part is not None)
+
+
+class _Ways(NamedTuple):
+    """Through the members of a critic, as they were when they were looked at."""
+
+    look: Look = Look()
+    each: Sequence[_Way] = ()  # none where one of them is not plain
+    together: _Way | None = None  # where all are of one form
+
+
+def _find_ways(critic: Critic) -> _Ways:
+    """See what the members of a critic are."""
+    look, members = Look([*critic.modules()]), list[Any](critic.q_networks)
+    if type(critic) is not Critic or any(type(member) is not QNetwork for member in members):
+        return _Ways(look)
+    above = [member._q.plain() for member in members]
+    below = [member._state.plain() if member.joins_late else None for member in members]
+    late = [part for part in below if part is not None]
+    if not all(part.layers for part in (*above, *late)):
+        return _Ways(look)
+    each = [_Way(*parts) for parts in zip(below, above, strict=True)]
+    all_above, all_below = (Ensemble.of([part.layers for part in parts]) for parts in (above, late))
+    if all_above is None or (late and (all_below is None or len(late) < len(members))):
+        return _Ways(look, each)
+    return _Ways(look, each, _Way(all_below, all_above))
 
 
 class Critic(Trainable):
@@ -205,37 +227,36 @@ class Critic(Trainable):
         object.__setattr__(self, "preprocessor", preprocessor)
         self.features_extractor = extractor
         self.q_networks = nn.ModuleList(q_networks)
-        self._has_several = len(q_networks) > 1
-        self._found = _Found()
+        self._ways = _Ways()
 
     def forward(self, obs: Tree, action: Tensor) -> Tensor:
         """(B, *obs_shape), (B, action_dim) -> (n_critics, B)."""
         if not torch.is_grad_enabled():
-            trace = self._trace(obs, action, with_way_back=False)
-            if trace is not None:
-                return trace.q
+            traces = self._traces(obs, action)
+            if traces is not None:
+                return _q_of(traces)
         features = _features(self, obs)
         return torch.stack([q_network(features, action) for q_network in self.q_networks])
 
     def evaluate(self, obs: Tree, action: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
         """As `forward`, and the way back: a function of the gradient of a loss with respect to it, (n_critics, B)."""
-        trace = self._trace(obs, action, with_way_back=True)
-        if trace is not None:
-            return trace.q, lambda gradient: trace.back(gradient, self._in_place)
-        traces = self._traces(obs, action, list(self.q_networks))
+        traces = self._traces(obs, action, with_way_back=True)
         if traces is None:
             q = self(obs, action)
             return q.detach(), partial(self.back_by_autograd, (q,))
 
         def back(gradient: Tensor) -> None:
-            for trace, own in zip(traces, gradient, strict=True):
-                trace.back(own, self._in_place)
+            if traces[0].q.dim() == 2:
+                traces[0].back(gradient, self._in_place)
+            else:
+                for trace, own in zip(traces, gradient, strict=True):
+                    trace.back(own, self._in_place)
 
-        return torch.stack([trace.q for trace in traces]), back
+        return _q_of(traces), back
 
     def action_gradient(self, obs: Tree, action: Tensor) -> tuple[Tensor, Tensor]:
         """Q(s, a) of the first member, (B,), and its gradient with respect to the action, (B, action_dim)."""
-        traces = self._traces(obs, action, [self.q_networks[0]])
+        traces = self._traces(obs, action, only_first=True)
         if traces is None:
             action = action.detach().requires_grad_()
             q = self.q1_forward(obs, action)
@@ -246,60 +267,32 @@ class Critic(Trainable):
         """Q(s, a) of the first member only: (B,)."""
         return self.q_networks[0](_features(self, obs), action)
 
-    def _trace(self, obs: Tree, action: Tensor, with_way_back: bool) -> QTrace | None:
-        """Of all members side by side; None where that does not pay, or is not the same as each on its own way."""
-        if not self._has_several:
-            return None
-        if not self._found.look.is_still_so():
-            self._found = _look(self)
-        found = self._found
-        if len(action) * found.n_weights <= FEW:
-            return None
-        if found.look.is_hooked() or is_watched() or (with_way_back and found.look.has_hooks_of_gradients()):
+    def _traces(
+        self, obs: Tree, action: Tensor, only_first: bool = False, with_way_back: bool = False
+    ) -> list[QTrace] | None:
+        """Of the members, in one where that pays; None where autograd, or somebody, has to see what they do."""
+        if not self._ways.look.is_still_so():
+            self._ways = _find_ways(self)
+        look, each, together = self._ways
+        if not each or look.is_hooked() or is_watched() or (with_way_back and look.has_hooks_of_gradients()):
             return None
         features = _features_without_learning(self, obs)
-        if features is None or features.dtype is not torch.float32:
+        if features is None or features.dtype is not torch.float32 or features.dim() != 2:
             return None
-        return _trace_q(found.below.trace if found.join_late else None, found.above.trace, features, action)
-
-    def _traces(self, obs: Tree, action: Tensor, members: Sequence[Any]) -> list[QTrace] | None:
-        """Of each of these members; None where their way back is left to autograd."""
-        is_own = type(self) is Critic and all(type(member) is QNetwork for member in members)
-        if not is_own or any(map(is_hooked, (self, *members))):
-            return None
-        features = _features_without_learning(self, obs)
-        if features is None:
-            return None
-        traces = [member.trace(features, action) for member in members]
-        return None if None in traces else traces
+        if only_first:
+            each = each[:1]
+        elif together is not None and len(action) * together.n_weights() > FEW:
+            each = [together]
+        return [way.trace(features, action) for way in each]
 
     def __getstate__(self) -> dict[str, Any]:
         # Without views, which would become tensors of their own in a copy.
-        return {**super().__getstate__(), "_found": _Found()}
+        return {**super().__getstate__(), "_ways": _Ways()}
 
 
-class _Found(NamedTuple):
-    """The members of a critic when they were looked at, side by side."""
-
-    look: Look = Look()
-    join_late: bool = False
-    below: Ensemble = Ensemble([])  # layers that read the state only
-    above: Ensemble = Ensemble([])  # layers that read the action too
-    n_weights: int = 0  # of the largest layer of each; 0 where they cannot go together
-
-
-def _look(critic: Critic) -> _Found:
-    """See what the members of a critic are."""
-    look = Look([*critic.modules()])
-    members: list[Any] = list(critic.q_networks)
-    joins = {member.joins_late for member in members if type(member) is QNetwork}
-    if type(critic) is not Critic or len(joins) != 1 or any(type(member) is not QNetwork for member in members):
-        return _Found(look)
-    join_late = joins.pop()
-    below = Ensemble([member._state.layers() for member in members])
-    above = Ensemble([member._q.layers() for member in members])
-    sizes = [above.n_weights, below.n_weights] if join_late else [above.n_weights]
-    return _Found(look, join_late, below, above, max(sizes) if all(sizes) else 0)
+def _q_of(traces: Sequence[QTrace]) -> Tensor:
+    """(n_critics, B)."""
+    return traces[0].q if traces[0].q.dim() == 2 else torch.stack([trace.q for trace in traces])
 
 
 def _features(network: Actor | Critic, obs: Tree) -> Tensor:

@@ -32,30 +32,34 @@ class _Layers(NamedTuple):
 
 
 class Ensemble:
-    """M perceptrons side by side.
+    """M perceptrons side by side; `Ensemble.of` makes it.
 
     Args:
-        members: The layers of each, as `Perceptron.layers` gives them.
+        members: The layers of each.
+        layers: Of all.
 
     Attributes:
-        n_weights: Of the largest layer of each; 0 where they have no common form.
+        n_weights: Of the largest layer of each.
     """
 
-    def __init__(self, members: Sequence[Sequence[Layer]]) -> None:
-        self._members = members
-        self._layers = _stack_layers(members)
-        self.n_weights = max((layer.weight[0].numel() for layer in self._layers), default=0)
+    def __init__(self, members: Sequence[Sequence[Layer]], layers: Sequence[_Layers]) -> None:
+        self._members, self._layers = members, layers
+        self.n_weights = max(layer.weight[0].numel() for layer in layers)
         self._into: Mapping[int, Gradient] | None = None
         self._gradients: list[tuple[Tensor, Tensor]] = []
 
-    def trace(self, x: Tensor) -> EnsembleTrace | None:
-        """What they give, with the way back; None where they have no common form.
+    @classmethod
+    def of(cls, members: Sequence[Sequence[Layer]]) -> Ensemble | None:
+        """Perceptrons of these layers; None where there is only one, or they have no common form."""
+        layers = _stack_layers(members)
+        return cls(members, layers) if layers else None
+
+    def trace(self, x: Tensor) -> EnsembleTrace:
+        """What they give, with the way back.
 
         Args:
             x: (B, n_in) for all, or (M, B, n_in), of float32.
         """
-        if not self._layers:
-            return None
         x = x.detach()
         if x.dim() == 2:
             x = x.expand(len(self._members), *x.shape)

@@ -57,7 +57,8 @@ class Perceptron:
     def __init__(self, owner: nn.Module, *names: str) -> None:
         self._owner = owner
         self._names = names
-        self._found = _Found()
+        self._look = Look()
+        self._plain = Plain()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, n_in) -> (B, n_out)."""
@@ -65,60 +66,66 @@ class Perceptron:
             for name in self._names:
                 x = getattr(self._owner, name)(x)
             return x
-        found = self._found
-        if len(x) * found.n_weights <= FEW:
-            return torch.from_numpy(_forward_arrays(found.layers, x.detach().numpy())[-1])
-        return _forward(found.layers, x.detach())[-1]
+        return self._plain.trace(x).output
 
     def trace(self, x: Tensor) -> Trace | None:
         """As a call, with the way back; None where that is not written out, but left to autograd."""
-        if not (_is_matrix(x) and self._is_plain()) or self._found.look.has_hooks_of_gradients():
+        if not (_is_matrix(x) and self._is_plain()) or self._look.has_hooks_of_gradients():
             return None
-        found = self._found
-        if len(x) * found.n_weights <= FEW:
-            return Trace(found.layers, _forward_arrays(found.layers, x.detach().numpy()))
-        return Trace(found.layers, _forward(found.layers, x.detach()))
+        return self._plain.trace(x)
 
     def act(self, x: np.ndarray) -> np.ndarray | None:
         """As a call, from array to array, for a few rows; None where that is left to the modules."""
-        if x.ndim != 2 or not self._is_plain() or len(x) * self._found.n_weights > FEW:
+        if x.ndim != 2 or not self._is_plain() or len(x) * self._plain.n_weights > FEW:
             return None
         if x.dtype != np.float32:
             with np.errstate(all="ignore"):
                 x = x.astype(np.float32)
-        return _forward_arrays(self._found.layers, x)[-1]
+        return _forward_arrays(self._plain.layers, x)[-1]
 
-    def layers(self) -> Sequence[Layer]:
-        """What it is made of, as it lies in memory now; nothing where it is not plain."""
-        if not self._found.look.is_still_so():
+    def plain(self) -> Plain:
+        """What it is made of, as it lies in memory now."""
+        if not self._look.is_still_so():
             # Somebody replaced a module or a parameter, or gave one other memory.
-            self._found = _look(self._owner, [self._owner._modules[name] for name in self._names])
-        return self._found.layers
+            parts: list[Any] = [self._owner._modules[name] for name in self._names]
+            modules: list[Any] = []
+            for part in parts:
+                modules += [part, *part._modules.values()] if type(part) is nn.Sequential else [part]
+            self._look = Look([self._owner, *modules], modules)
+            self._plain = Plain.of(modules, parts)
+        return self._plain
 
     def _is_plain(self) -> bool:
         """Whether all parts are what is written out here, and nobody looks on."""
-        return bool(self.layers()) and not (self._found.look.is_hooked() or is_watched())
+        return bool(self.plain().layers) and not (self._look.is_hooked() or is_watched())
 
     def __getstate__(self) -> dict[str, Any]:
         # Without views, which would become tensors of their own in a copy.
-        return {**self.__dict__, "_found": _Found()}
+        return {**self.__dict__, "_look": Look(), "_plain": Plain()}
 
 
-class _Found(NamedTuple):
-    """What a perceptron was when it was looked at."""
+class Plain(NamedTuple):
+    """The layers of a perceptron; none where what is written out would not be the same."""
 
-    look: Look = Look()
-    layers: Sequence[Layer] = ()  # none where the short way would not be the same
+    layers: Sequence[Layer] = ()
     n_weights: int = 0  # of the largest layer
 
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> Plain:
+        """Those that modules make up.
 
-def _look(owner: nn.Module, parts: Sequence[Any]) -> _Found:
-    """See what the parts of a perceptron are."""
-    modules: list[Any] = []
-    for part in parts:
-        modules += [part, *part._modules.values()] if type(part) is nn.Sequential else [part]
-    layers = _plain_layers(modules, parts)
-    return _Found(Look([owner, *modules], modules), layers, max((layer.weight.numel() for layer in layers), default=0))
+        Args:
+            modules: In order, with each part before what is in it.
+            parts: Those that may be an `nn.Sequential`.
+        """
+        layers = _plain_layers(modules, parts)
+        return cls(layers, max((layer.weight.numel() for layer in layers), default=0))
+
+    def trace(self, x: Tensor) -> Trace:
+        """What they give for (B, n_in), with the way back."""
+        if len(x) * self.n_weights <= FEW:
+            return Trace(self.layers, _forward_arrays(self.layers, x.detach().numpy()))
+        return Trace(self.layers, _forward(self.layers, x.detach()))
 
 
 class Trace:
@@ -160,13 +167,7 @@ def _is_matrix(x: Tensor) -> bool:
     return x.dim() == 2 and x.dtype is torch.float32
 
 
-def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[Any]) -> list[Layer]:
-    """The layers that the modules make up; none where the short way would not be the same.
-
-    Args:
-        modules: In order, with each part before what is in it.
-        parts: Those that may be an `nn.Sequential`.
-    """
+def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> list[Layer]:
     layers: list[Layer] = []
     for module in modules:
         if type(module) is nn.Linear and _is_usual(module.weight) and _is_usual(module.bias):

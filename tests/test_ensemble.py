@@ -38,8 +38,8 @@ class Nets(nn.Module):
             self.into[id(parameter)] = Gradient(room, room.numpy())
         self.ways = [Perceptron(self.nets, str(k)) for k in range(n)]
 
-    def ensemble(self) -> Ensemble:
-        return Ensemble([way.layers() for way in self.ways])
+    def ensemble(self) -> Ensemble | None:
+        return Ensemble.of([way.plain().layers for way in self.ways])
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -59,8 +59,10 @@ def test_both_ways_through_give_what_autograd_gives(
     expected.backward(slope)
     of_parameters = torch.cat([parameter.grad.reshape(-1) for parameter in nets.parameters()])
 
-    trace = nets.ensemble().trace(x)
-    assert trace is not None and trace.output.shape == (n, 128, 2)
+    ensemble = nets.ensemble()
+    assert ensemble is not None
+    trace = ensemble.trace(x)
+    assert trace.output.shape == (n, 128, 2)
     torch.testing.assert_close(trace.output, expected.detach(), rtol=1e-6, atol=1e-6)
     of_input = trace.back(slope, nets.into, is_input_asked=True)
     torch.testing.assert_close(of_input, each.grad, rtol=1e-5, atol=1e-6)
@@ -78,8 +80,9 @@ def test_what_is_left_out_gets_no_gradient_and_the_others_theirs(left_out: list[
         for name, parameter in nets.nets.named_parameters()
         if name not in left_out
     }
-    trace = nets.ensemble().trace(x)
-    assert trace is not None
+    ensemble = nets.ensemble()
+    assert ensemble is not None
+    trace = ensemble.trace(x)
     of_input = trace.back(slope, into, is_input_asked=True)
     each = x.expand(2, 128, 4).clone().requires_grad_()
     torch.stack([net(own) for net, own in zip(whole.nets, each, strict=True)]).backward(slope)
@@ -112,21 +115,21 @@ def with_a_layer_of_another_kind(nets: Nets) -> None:
 
 @pytest.mark.parametrize("change", [unlike, smaller, elsewhere, tied, with_a_layer_of_another_kind])
 def test_those_without_a_common_form_go_their_own_ways(change: Callable[[Nets], None]) -> None:
-    nets, x = Nets(2), torch.randn(128, 4)
-    assert nets.ensemble().trace(x) is not None
+    nets = Nets(2)
+    assert nets.ensemble() is not None
     change(nets)
-    assert nets.ensemble().trace(x) is None
+    assert nets.ensemble() is None
 
 
 def test_one_goes_its_own_way() -> None:
-    assert Nets(1).ensemble().trace(torch.randn(128, 4)) is None
+    assert Nets(1).ensemble() is None
 
 
 def test_uneven_distances_are_noticed() -> None:
     nets = Nets(3)
-    assert nets.ensemble().trace(torch.randn(128, 4)) is not None
+    assert nets.ensemble() is not None
     nets.ways = [nets.ways[k] for k in (0, 2, 1)]
-    assert nets.ensemble().trace(torch.randn(128, 4)) is None
+    assert nets.ensemble() is None
 
 
 # Critics: the reference is the same model with a hook that does nothing, which closes the way.
@@ -143,11 +146,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[EnsembleTrace]:
     taken: list[EnsembleTrace] = []
     plainly = Ensemble.trace
 
-    def trace(self: Ensemble, x: Tensor) -> EnsembleTrace | None:
-        trace = plainly(self, x)
-        if trace is not None:
-            taken.append(trace)
-        return trace
+    def trace(self: Ensemble, x: Tensor) -> EnsembleTrace:
+        taken.append(plainly(self, x))
+        return taken[-1]
 
     monkeypatch.setattr(Ensemble, "trace", trace)
     return taken
