@@ -31,6 +31,14 @@ class _Layers(NamedTuple):
     activation: str | None
 
 
+class _Gradients(NamedTuple):
+    """Those of the same layer of M perceptrons, in their memory."""
+
+    weight: Tensor  # (M, n_out, n_in)
+    bias: Tensor  # (M, n_out)
+    of_weights: Sequence[Gradient]  # the same as `weight`, one by one
+
+
 class Ensemble:
     """M perceptrons side by side; `Ensemble.of` makes it.
 
@@ -46,7 +54,7 @@ class Ensemble:
         self._members, self._layers = members, layers
         self.n_weights = max(layer.weight[0].numel() for layer in layers)
         self._into: Mapping[int, Gradient] | None = None
-        self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._gradients: list[_Gradients] = []
 
     @classmethod
     def of(cls, members: Sequence[Sequence[Layer]]) -> Ensemble | None:
@@ -73,8 +81,8 @@ class Ensemble:
             kept.append(x)
         return EnsembleTrace(self, self._members, self._layers, kept)
 
-    def gradients(self, into: Mapping[int, Gradient]) -> list[tuple[Tensor, Tensor]]:
-        """Those of weights and biases of each layer; none where some are left out, or lie elsewhere."""
+    def gradients(self, into: Mapping[int, Gradient]) -> list[_Gradients]:
+        """Those of each layer; none where some are left out, or lie elsewhere."""
         if into is not self._into:
             self._into, self._gradients = into, _stack_gradients(self._members, into)
         return self._gradients
@@ -110,8 +118,9 @@ class EnsembleTrace:
         for k in range(len(self._layers) - 1, -1, -1):
             layer = self._layers[k]
             gradient = through_activation(layer.activation, gradient, self._kept[k + 1])
-            of_weight, of_bias = gradients[k]
-            of_weight.baddbmm_(gradient.transpose(1, 2), self._kept[k])
+            of_weight, of_bias, each = gradients[k]
+            beta = max([one.beta() for one in each])
+            of_weight.baddbmm_(gradient.transpose(1, 2), self._kept[k], beta=beta)
             of_bias.add_(gradient.sum(1))
             if k > 0 or is_input_asked:
                 gradient = gradient.bmm(layer.weight)
@@ -131,8 +140,8 @@ def _stack_layers(members: Sequence[Sequence[Layer]]) -> list[_Layers]:
     return stacked
 
 
-def _stack_gradients(members: Sequence[Sequence[Layer]], into: Mapping[int, Gradient]) -> list[tuple[Tensor, Tensor]]:
-    stacked: list[tuple[Tensor, Tensor]] = []
+def _stack_gradients(members: Sequence[Sequence[Layer]], into: Mapping[int, Gradient]) -> list[_Gradients]:
+    stacked: list[_Gradients] = []
     for layers in zip(*members, strict=True):
         pair = []
         for ids in ([layer.weight_id for layer in layers], [layer.bias_id for layer in layers]):
@@ -141,7 +150,7 @@ def _stack_gradients(members: Sequence[Sequence[Layer]], into: Mapping[int, Grad
         weight, bias = pair
         if weight is None or bias is None:
             return []
-        stacked.append((weight, bias))
+        stacked.append(_Gradients(weight, bias, [into[layer.weight_id] for layer in layers]))
     return stacked
 
 

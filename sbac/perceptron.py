@@ -24,11 +24,26 @@ Beyond them its BLAS would share the work among threads, however many torch is a
 """
 
 
-class Gradient(NamedTuple):
-    """Where a parameter's gradient is added up: one memory, seen twice."""
+class Gradient:
+    """Where a parameter's gradient is added up: one memory, seen twice.
 
-    tensor: Tensor
-    array: np.ndarray | None  # None where NumPy cannot reach it
+    Args:
+        tensor: The memory.
+        array: The same; None where NumPy cannot reach it.
+
+    Attributes:
+        is_zero: Whether the memory holds zeros, to which nothing was added yet.
+    """
+
+    __slots__ = ("array", "is_zero", "tensor")
+
+    def __init__(self, tensor: Tensor, array: np.ndarray | None) -> None:
+        self.tensor, self.array, self.is_zero = tensor, array, False
+
+    def beta(self) -> int:
+        """By what a product that is added multiplies what is there: 0, so that zeros need not be read, or 1."""
+        beta, self.is_zero = 0 if self.is_zero else 1, False
+        return beta
 
 
 class Layer(NamedTuple):
@@ -231,6 +246,7 @@ def _backward_arrays(
             gradient = np.multiply(gradient, slope, out=slope)
         weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
         if weight is not None and weight.array is not None:
+            weight.is_zero = False
             weight.array.__iadd__(gradient.T.dot(below))
         if bias is not None and bias.array is not None:
             bias.array.__iadd__(gradient.sum(0))
@@ -262,7 +278,7 @@ def backward(
         gradient = through_activation(layer.activation, gradient, above)
         weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
         if weight is not None:
-            weight.tensor.addmm_(gradient.t(), below)
+            weight.tensor.addmm_(gradient.t(), below, beta=weight.beta())
         if bias is not None:
             bias.tensor.add_(gradient.sum(0))
         if k > 0 or is_input_asked:

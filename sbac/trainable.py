@@ -260,6 +260,8 @@ class Trainable(nn.Module):
         self._lay_if_moved()
         gradient = self._gradient
         gradient.zero_()
+        for place in self._in_place.values():
+            place.is_zero = True
         if self._learning:
             if back is None:
                 loss.backward(inputs=self._learning)

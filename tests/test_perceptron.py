@@ -73,6 +73,29 @@ def test_both_ways_through_give_the_same(n_rows: int, activation: type[nn.Module
         np.testing.assert_allclose(acted, expected.detach().numpy(), rtol=1e-6, atol=1e-6)
 
 
+class Tied(nn.Module):
+    """One layer, which stands there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(64, 64)
+        self.net = nn.Sequential(layer, nn.Tanh(), layer)
+        self.way = Perceptron(self, "net")
+
+
+@pytest.mark.parametrize("n_rows", [8, 128])
+def test_zeros_need_not_be_read_but_what_was_added_is(n_rows: int) -> None:
+    net, x = Tied(), torch.randn(n_rows, 64)
+    net.net(x).backward(slope := torch.randn(n_rows, 64))
+    trace, into = net.way.trace(x), places(net)
+    for place in into.values():
+        place.is_zero = True
+    assert trace is not None
+    trace.back(slope, into)
+    for parameter in net.parameters():
+        torch.testing.assert_close(into[id(parameter)].tensor, parameter.grad, rtol=1e-5, atol=1e-4)
+
+
 def test_only_those_learn_that_are_asked() -> None:
     net = Net()
     trace, into = net.way.trace(torch.randn(4, 3)), places(net)
