@@ -61,6 +61,8 @@ class A2C(BaseAlgorithm):
         verbose: 0 is silent, 1 prints a table as training goes.
         seed: Fixes every random number, or None.
         device: "cpu", "cuda", ... or "auto".
+        n_threads: Threads of torch while learning, at least 1. None takes one for networks of less than a million
+            parameters, and torch's setting for larger ones.
     """
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {
@@ -101,6 +103,7 @@ class A2C(BaseAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        n_threads: int | None = None,
     ) -> None:
         require_number("learning_rate", learning_rate, above=0)
         self.n_steps = require_whole("n_steps", n_steps, 1)
@@ -130,7 +133,9 @@ class A2C(BaseAlgorithm):
         self.rollout_buffer_class, self.rollout_buffer_kwargs = read_part(
             "rollout_buffer", RolloutBuffer, rollout_buffer_class, rollout_buffer_kwargs
         )
-        super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
+        super().__init__(
+            policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device, n_threads
+        )
 
         plain = {"layer_norm": layer_norm, "dropout": dropout}
         plain |= {"normalize_obs": normalize_obs, "normalize_reward": normalize_reward}

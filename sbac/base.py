@@ -56,6 +56,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         verbose: 0 is silent, 1 prints a table as training goes.
         seed: Fixes every random number, or None for other ones each time.
         device: "cpu", "cuda", ... or "auto".
+        n_threads: Threads of torch while learning, or None, which leaves it to the network's size.
 
     Attributes:
         num_timesteps: Transitions collected since the counter was last reset, over all environments.
@@ -81,6 +82,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         verbose: int,
         seed: int | None,
         device: torch.device | str,
+        n_threads: int | None = None,
     ) -> None:
         super().__init__(stats_window_size, tensorboard_log, verbose)
         self._policy_argument = policy
@@ -93,6 +95,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             raise ValueError(f"policy_kwargs must be a dict of the policy's arguments, not {policy_kwargs!r}")
         self.policy_kwargs = dict(policy_kwargs or {})
         self.device = read_device(device)
+        self.n_threads = None if n_threads is None else require_whole("n_threads", n_threads, 1)
 
         if isinstance(env, Spaces):
             self.env = None  # type: ignore[assignment]
@@ -235,7 +238,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             self._deferred.clear()
             prepared.init_callback(self)
             threads = torch.get_num_threads()
-            torch.set_num_threads(self._n_threads(threads))
+            torch.set_num_threads(self.n_threads or self._usual_threads(threads))
             try:
                 prepared.on_training_start({"self": self, "total_timesteps": steps}, globals())
                 if run is not None:
@@ -267,7 +270,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         finally:
             self._is_learning = False
 
-    def _n_threads(self, available: int) -> int:
+    def _usual_threads(self, available: int) -> int:
         """A network of less than a million parameters loses more to the exchange between threads than it gains."""
         parameters = sum(parameter.numel() for parameter in self.policy.parameters())
         return 1 if parameters < 1_000_000 else available

@@ -79,6 +79,8 @@ class DDPG(BaseAlgorithm):
         verbose: 0 is silent, 1 prints a table as training goes.
         seed: Fixes every random number, or None.
         device: "cpu", "cuda", ... or "auto".
+        n_threads: Threads of torch while learning, at least 1. None takes one for networks of less than a million
+            parameters, and torch's setting for larger ones.
     """
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {
@@ -140,6 +142,7 @@ class DDPG(BaseAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        n_threads: int | None = None,
     ) -> None:
         if learning_rate is not None:
             require_number("learning_rate", learning_rate, above=0)
@@ -181,7 +184,9 @@ class DDPG(BaseAlgorithm):
         self.replay_buffer_class, self.replay_buffer_kwargs = read_part(
             "replay_buffer", ReplayBuffer, replay_buffer_class, replay_buffer_kwargs
         )
-        super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
+        super().__init__(
+            policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device, n_threads
+        )
 
         # Networks mu, Q and their targets mu', Q'.
         paper = {"net_arch": (400, 300), "action_layer": None, "final_init": 3e-3}

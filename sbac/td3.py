@@ -80,6 +80,8 @@ class TD3(BaseAlgorithm):
         verbose: 0 is silent, 1 prints a table as training goes.
         seed: Fixes every random number, or None.
         device: "cpu", "cuda", ... or "auto".
+        n_threads: Threads of torch while learning, at least 1. None takes one for networks of less than a million
+            parameters, and torch's setting for larger ones.
     """
 
     policy_aliases: ClassVar[Mapping[str, type[nn.Module]]] = {
@@ -138,6 +140,7 @@ class TD3(BaseAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        n_threads: int | None = None,
     ) -> None:
         if learning_rate is not None:
             require_number("learning_rate", learning_rate, above=0)
@@ -184,7 +187,9 @@ class TD3(BaseAlgorithm):
         self.replay_buffer_class, self.replay_buffer_kwargs = read_part(
             "replay_buffer", ReplayBuffer, replay_buffer_class, replay_buffer_kwargs
         )
-        super().__init__(policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device)
+        super().__init__(
+            policy, env, n_envs, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed, device, n_threads
+        )
 
         # Networks mu, Q_1, Q_2 and their targets.
         plain = {"n_critics": n_critics, "layer_norm": layer_norm, "dropout": dropout}

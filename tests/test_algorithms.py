@@ -9,7 +9,7 @@ import random
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -112,6 +112,36 @@ def test_learn_within_learn_is_refused_and_the_model_is_as_it_was(make_model):
     copied: list[BaseAlgorithm] = []
     model.learn(10, callback=lambda *_: copied.append(copy.deepcopy(model)))
     copied[0].learn(10)  # a copy is in no training
+
+
+@pytest.fixture
+def _three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_three_threads")
+def test_threads_are_chosen_for_the_network_or_by_the_user_and_given_back(make_model, tmp_path):
+    seen: list[int] = []
+
+    def look(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+
+    first, second = (make_model(n_threads=2).learn(60, callback=look) for _ in range(2))
+    assert set(seen) == {2} and torch.get_num_threads() == 3
+    assert first.n_updates > 5 and same(first, second)
+    first.save(tmp_path / "model")
+    loaded = type(first).load(tmp_path / "model", env=first.get_env())
+    seen.clear()
+    loaded.learn(10, callback=look)
+    assert set(seen) == {2}
+    seen.clear()
+    make_model().learn(10, callback=look)
+    assert set(seen) == {1} and torch.get_num_threads() == 3
+    with pytest.raises(ValueError, match="n_threads must be a whole number, at least 1, not 0"):
+        make_model(n_threads=0)
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])

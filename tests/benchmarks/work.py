@@ -129,7 +129,13 @@ def _plain_worker(share: float) -> float:
 
 
 def _off_policy(
-    algorithm: str, env: str, net_arch: list[int] | None, steps: int, action_layer: int = 0, **arguments: Any
+    algorithm: str,
+    env: str,
+    net_arch: list[int] | None,
+    steps: int,
+    action_layer: int = 0,
+    ours_only: Mapping[str, Any] | None = None,
+    **arguments: Any,
 ) -> dict[str, Callable[[float], float]]:
     common = {"learning_starts": 300, "buffer_size": 50_000, "train_freq": 1, "gradient_steps": 1, **arguments}
 
@@ -137,7 +143,7 @@ def _off_policy(
         import sbac
 
         kwargs = {} if net_arch is None else {"policy_kwargs": {"net_arch": net_arch, "action_layer": action_layer}}
-        model = getattr(sbac, algorithm)("MlpPolicy", env, seed=0, **common, **kwargs)
+        model = getattr(sbac, algorithm)("MlpPolicy", env, seed=0, **common, **kwargs, **(ours_only or {}))
         return _learning(model, 350, int(steps * share))
 
     def theirs(share: float) -> float:
@@ -150,9 +156,9 @@ def _off_policy(
     return {"sbac": ours, "stable-baselines3": theirs}
 
 
-def _at_defaults(env: str, steps: int) -> dict[str, Callable[[float], float]]:
-    """TD3 with 256-256 and batches of 256 on both sides, and threads as each library takes them."""
-    return _off_policy("TD3", env, [256, 256], steps, batch_size=256)
+def _half_cheetah(steps: int, **ours_only: Any) -> dict[str, Callable[[float], float]]:
+    """TD3 with 256-256 and batches of 256 on both sides."""
+    return _off_policy("TD3", "HalfCheetah-v5", [256, 256], steps, ours_only=ours_only, batch_size=256)
 
 
 def _sbx(share: float) -> float:
@@ -375,20 +381,20 @@ WORKS: dict[str, Work] = {
     "td3/HalfCheetah-1": Work(
         "TD3, HalfCheetah-v5, 256-256, batch 256, one thread",
         "steps",
-        _at_defaults("HalfCheetah-v5", 400),
+        _half_cheetah(400),
         wanted="1.4",
     ),
     "td3/HalfCheetah-2": Work(
         "TD3, HalfCheetah-v5, 256-256, batch 256, two threads",
         "steps",
-        {**_at_defaults("HalfCheetah-v5", 400), "sbx": _sbx},
+        {**_half_cheetah(400, n_threads=2), "sbx": _sbx},
         threads=2,
         wanted="1.7; sbx 1.1",
     ),
     "td3/disturbed": Work(
         "TD3, HalfCheetah-v5, 256-256, batch 256, threads by default, one core kept busy by another process",
         "steps",
-        _at_defaults("HalfCheetah-v5", 300),
+        _half_cheetah(300),
         threads=None,
         wanted="4",
         is_disturbed=True,
