@@ -157,9 +157,10 @@ class RolloutBuffer:
         self.truncated[row] = step.truncated
         self.valid[row] = step.valid
         self._newest = _as_stored(step.successor, self.obs)
-        for i in np.flatnonzero(step.truncated & ~step.terminated) if step.truncated.any() else ():
-            self._cut_obs.append(rows(self._newest, i))
-            self._cut_index.append((row, int(i)))
+        if np.count_nonzero(step.truncated):  # sooner than any()
+            for i in np.flatnonzero(step.truncated & ~step.terminated):
+                self._cut_obs.append(rows(self._newest, i))
+                self._cut_index.append((row, int(i)))
         self.pos += 1
 
     def cut(self, indices: Sequence[int]) -> None:

@@ -65,6 +65,7 @@ class ActionCodec:
                 self._half_range += short * np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
         elif isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
             self._start = space.start
+            self._counts_from_0 = not np.any(space.start)
 
     def to_env(self, action: Tree) -> Tree:
         """Actions (..., *shape) of an algorithm in the environment's own units, inside its bounds."""
@@ -74,7 +75,8 @@ class ActionCodec:
             native = np.minimum(np.maximum(self._center + self._half_range * action, self._low), self._high)
             return (np.rint(native) if self._dtype.kind in "iu" else native).astype(self._dtype)
         if isinstance(self.space, (spaces.Discrete, spaces.MultiDiscrete)):
-            return (action + self._start).astype(self.space.dtype)
+            native = action if self._counts_from_0 else action + self._start
+            return native.astype(self.space.dtype, copy=False)
         return action.astype(self.space.dtype, copy=False)
 
     def from_env(self, action: Tree) -> Tree:

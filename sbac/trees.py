@@ -80,13 +80,11 @@ def copy_tree(tree: Tree) -> Tree:
 def all_finite(array: np.ndarray) -> bool:
     """Whether an array holds neither NaN nor infinity.
 
-    The inner product of a large array with itself is finite only if every element is, and costs a
-    fifth of looking at each; where it overflows, the elements are looked at after all.
+    The inner product of an array with itself is finite only if every element is, and costs a part of
+    looking at each; where it overflows, the elements are looked at after all.
     """
     if array.dtype.kind != "f":
         return True
-    if array.size < 2000:
-        return bool(np.isfinite(array).all())
     flat = array.ravel()
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())

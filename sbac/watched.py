@@ -128,16 +128,22 @@ class SameStepVectorEnv(SyncVectorEnv):
         """As of `SyncVectorEnv`: the same arrays and infos."""
         if not self._is_simple:
             return super().step(actions)
-        obs = np.empty_like(self._observations)
-        reward = np.empty(self.num_envs)
-        terminated, truncated = np.empty(self.num_envs, bool), np.empty(self.num_envs, bool)
+        obs: list[Any] = []
+        reward: list[Any] = []
+        terminated: list[Any] = []
+        truncated: list[Any] = []
         infos: dict[str, Any] = {}
         for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            row, reward[i], terminated[i], truncated[i], info = env.step(action)
-            if terminated[i] or truncated[i]:
+            row, r, is_terminated, is_truncated, info = env.step(action)
+            if is_terminated or is_truncated:
                 infos = self._add_info(infos, {"final_obs": row, "final_info": info}, i)
                 row, info = env.reset()
-            obs[i] = self._env_obs[i] = row
+            obs.append(row)
+            reward.append(r)
+            terminated.append(is_terminated)
+            truncated.append(is_truncated)
             if info:
                 infos = self._add_info(infos, info, i)
-        return obs, reward, terminated, truncated, infos
+        self._env_obs = obs
+        together = np.array(obs, self._observations.dtype)
+        return together, np.array(reward, np.float64), np.array(terminated, bool), np.array(truncated, bool), infos
