@@ -159,6 +159,12 @@ class Trace:
         self._is_few = isinstance(kept[0], np.ndarray)
         self.output: Tensor = torch.from_numpy(kept[-1]) if self._is_few else kept[-1]
 
+    @staticmethod
+    def joined(parts: Sequence[Trace]) -> Trace:
+        """Several that the same layers gave, one behind the other along B."""
+        join: Any = np.concatenate if parts[0]._is_few else torch.cat
+        return Trace(parts[0]._layers, [join(kept) for kept in zip(*(part._kept for part in parts), strict=True)])
+
     def back(self, gradient: Tensor, into: Mapping[int, Gradient], is_input_asked: bool = False) -> Tensor | None:
         """Add to the gradients of the parameters.
 
@@ -185,7 +191,7 @@ def _is_matrix(x: Tensor) -> bool:
 def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> list[Layer]:
     layers: list[Layer] = []
     for module in modules:
-        if type(module) is nn.Linear and _is_usual(module.weight) and _is_usual(module.bias):
+        if type(module) is nn.Linear and is_usual(module.weight) and is_usual(module.bias):
             weight, bias = module.weight.detach(), module.bias.detach()
             arrays = weight.numpy(), weight.numpy().T, bias.numpy()
             layers.append(Layer(weight, weight.t(), bias, *arrays, id(module.weight), id(module.bias)))
@@ -196,7 +202,8 @@ def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> l
     return layers
 
 
-def _is_usual(parameter: Tensor | None) -> bool:
+def is_usual(parameter: Tensor | None) -> bool:
+    """Whether a parameter is there, in float32 on the CPU."""
     return parameter is not None and parameter.dtype is torch.float32 and parameter.device.type == "cpu"
 
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from sbac.adapters import Step
 from sbac.bodies import Body, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
 from sbac.buffers import RolloutBatch
+from sbac.convolution import Chain
 from sbac.distributions import Distribution, DistributionFamily
 from sbac.envs import ActionCodec
 from sbac.guards import require_constant
+from sbac.kept import Kept
 from sbac.look import is_hooked
-from sbac.networks import create_mlp, has_nothing_to_learn, init_orthogonal
+from sbac.networks import NatureCNN, create_mlp, has_nothing_to_learn, init_orthogonal
 from sbac.normalization import Normalizer, make_normalizer
 from sbac.observations import MASK, as_batch, split_mask
 from sbac.perceptron import Perceptron
@@ -199,6 +201,13 @@ class Evaluation(NamedTuple):
     back: Callable[[Tensor, Tensor, Tensor], None]
 
 
+class _Images(NamedTuple):
+    """What a body made of images."""
+
+    chain: Chain  # the features, (B, features_dim), with the way back
+    mask: Tensor | None  # of allowed actions, which came with the images
+
+
 class StochasticActorCritic(Trainable, BasePolicy):
     """pi(a|s) and V(s), for A2C and A3C.
 
@@ -284,6 +293,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
             self.log_std = nn.Parameter(torch.full((self.family.n_dims,), float(log_std_init)))
 
         self._pi, self._v = Perceptron(self, "policy_net", "action_net"), Perceptron(self, "value_net")
+        self._kept: Kept[_Images] = Kept()
 
         if ortho_init:
             init_orthogonal(self, gain=2**0.5)
@@ -300,6 +310,14 @@ class StochasticActorCritic(Trainable, BasePolicy):
         """Count in what was observed so far. Within a rollout, the policy that acts is the one that learns."""
         if self.normalizer is not None:
             self.normalizer.refresh()
+        self._kept = Kept(is_on=True)
+
+    def observe(self, obs: Tree, step: Step, gamma: float) -> None:
+        super().observe(obs, step, gamma)
+        self._kept.note(obs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": Kept()}
 
     def take_in_buffers(self, other: Trainable) -> None:
         """Copy buffers, but count in what the other's normaliser observed: several may send theirs in turn."""
@@ -326,17 +344,18 @@ class StochasticActorCritic(Trainable, BasePolicy):
 
     @torch.no_grad()
     def _evaluate_written_out(self, batch: RolloutBatch, bootstrap_value: Tensor) -> Evaluation | None:
-        """The evaluation, where the way back through both networks is written out, and nothing before them learns."""
-        if not self._has_plain_bodies():
+        """The evaluation, where the way back through all networks is written out."""
+        read = self._trace_rollout(batch)
+        if read is None:
             return None
-        features, mask = self._read_plain(batch.obs)
+        features, chain, mask = read
         pi, v = self._pi.trace(features), self._v.trace(features)
         if pi is None or v is None:
             return None
         action, distribution = self.family.flat(batch.action), self._distribution(pi.output, mask)
 
         def back(of_value: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> None:
-            v.back(of_value.unsqueeze(-1), self._in_place)
+            of_features = v.back(of_value.unsqueeze(-1), self._in_place, chain is not None)
             slopes = distribution.slopes(action, of_log_prob, of_entropy)
             if slopes is None:
                 leaf = pi.output.detach().requires_grad_()
@@ -351,7 +370,9 @@ class StochasticActorCritic(Trainable, BasePolicy):
                 if of_log_std is not None and id(self.log_std) in self._in_place:
                     self._in_place[id(self.log_std)].tensor.add_(of_log_std)
             assert of_parameters is not None
-            pi.back(of_parameters, self._in_place)
+            also_of_features = pi.back(of_parameters, self._in_place, chain is not None)
+            if chain is not None and of_features is not None and also_of_features is not None:
+                chain.back(of_features + also_of_features, self._in_place)
 
         value = v.output.squeeze(-1)
         return Evaluation(value, distribution.log_prob(action), distribution.entropy(), bootstrap_value, back)
@@ -393,7 +414,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
             parameters = self._pi.act(obs)
         with torch.no_grad():
             if parameters is None:
-                distribution = self.get_distribution(obs_to_tensor(obs, self.device))
+                distribution = self._distribution_to_act(obs)
             else:
                 distribution = self._distribution(torch.from_numpy(parameters), None)
             return self.family.to_numpy(distribution.mode() if deterministic else distribution.sample(generator))
@@ -413,6 +434,49 @@ class StochasticActorCritic(Trainable, BasePolicy):
         if type(self) is not StochasticActorCritic or not (_is_plain_body(body) and not is_hooked(self.preprocessor)):
             return False
         return vf_body is body or _is_plain_body(vf_body)
+
+    def _distribution_to_act(self, obs: Tree) -> Distribution:
+        """pi(.|s) of observations as they were sent. In training, what the body makes of images is kept to learn by."""
+        tensors = obs_to_tensor(obs, self.device)
+        found = self._trace_images(tensors)
+        if found is None:
+            return self.get_distribution(tensors)
+        self._kept.see(obs, found, self.flat)
+        return self._distribution(self._pi(found.chain.output), found.mask)
+
+    def _trace_images(self, obs: Tree) -> _Images | None:
+        """What the body makes of images, with the way back; None where autograd is to see it."""
+        body = self.features_extractor
+        if not (type(body) is NatureCNN and self.share_features_extractor):
+            return None
+        if type(self) not in (StochasticActorCritic, CnnActorCritic) or is_hooked(self.preprocessor):
+            return None
+        if not (self._pi.plain().layers and self._v.plain().layers):
+            return None
+        images, mask = self._read(obs)
+        chain = body.trace(images)
+        return None if chain is None else _Images(chain, mask)
+
+    def _trace_rollout(self, batch: RolloutBatch) -> tuple[Tensor, Chain | None, Tensor | None] | None:
+        """The features of a rollout, the way back through the body where it learns, and the mask.
+
+        None where autograd is to see it.
+        """
+        if self._has_plain_bodies():
+            features, mask = self._read_plain(batch.obs)
+            return features, None, mask
+        # Step by step, so that it makes no difference which of them were kept.
+        n_steps, n_envs = batch.reward.shape
+        kept, self._kept = self._kept.of_steps(n_steps, self.flat), Kept()
+        found: list[_Images] = []
+        for t, images in enumerate(kept):
+            step = images or self._trace_images(rows(batch.obs, slice(t * n_envs, (t + 1) * n_envs)))
+            if step is None:
+                return None
+            found.append(step)
+        chain = Chain.joined([step.chain for step in found])
+        masks = [step.mask for step in found if step.mask is not None]
+        return chain.output, chain, torch.cat(masks) if masks else None
 
     def _actor_features(self, obs: Tree) -> Tensor:
         return self.features_extractor(obs)
