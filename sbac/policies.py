@@ -447,7 +447,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
     def _trace_images(self, obs: Tree) -> _Images | None:
         """What the body makes of images, with the way back; None where autograd is to see it."""
         body = self.features_extractor
-        if not (type(body) is NatureCNN and self.share_features_extractor):
+        if not (type(body) is NatureCNN and self.share_features_extractor and self.device.type == "cpu"):
             return None
         if type(self) not in (StochasticActorCritic, CnnActorCritic) or is_hooked(self.preprocessor):
             return None
