@@ -271,7 +271,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             self._is_learning = False
 
     def _usual_threads(self, available: int) -> int:
-        """A network of less than a million parameters gains little by threads, and loses much where cores are wanted."""
+        """A network of less than a million parameters gains little by threads, and loses much on a busy machine."""
         parameters = sum(parameter.numel() for parameter in self.policy.parameters())
         return 1 if parameters < 1_000_000 else available
 

@@ -78,8 +78,9 @@ class ConvolutionsTrace:
 
     def back(self, gradient: Tensor, into: Mapping[int, Gradient]) -> None:
         """Add to the gradients of the parameters, from that of a loss with respect to `output`, (B, n_out)."""
+        learning = [k for k, layer in enumerate(self.layers) if layer.weight_id in into or layer.bias_id in into]
         gradient = gradient.view(self.kept[-1].shape)
-        for k in range(len(self.layers) - 1, -1, -1):
+        for k in range(len(self.layers) - 1, min(learning, default=len(self.layers)) - 1, -1):
             layer, below, above = self.layers[k], self.kept[k], self.kept[k + 1]
             if above.is_contiguous(memory_format=torch.channels_last):
                 gradient = gradient.contiguous(memory_format=torch.channels_last)
@@ -96,7 +97,7 @@ class ConvolutionsTrace:
                 False,
                 [0, 0],
                 layer.groups,
-                [k > 0, weight is not None, bias is not None],
+                [k > learning[0], weight is not None, bias is not None],
             )
             for place, own in ((weight, found[1]), (bias, found[2])):
                 if place is not None:

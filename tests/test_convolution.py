@@ -58,6 +58,18 @@ def test_both_ways_through_convolutions_are_autograds(form: torch.memory_format)
     torch.testing.assert_close(into[id(net.cnn[0].weight)].tensor, net.cnn[0].weight.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_frozen_layers_get_no_gradient_and_those_above_theirs() -> None:
+    net, x = Pictures(), torch.rand(5, 4, 20, 17)
+    expected = net.cnn(x)
+    expected.backward(slope := torch.randn_like(expected))
+    trace, above = net.way.trace(x), places(net.cnn[2])
+    assert trace is not None
+    trace.back(slope, above)
+    for parameter in net.cnn[2].parameters():
+        torch.testing.assert_close(above[id(parameter)].tensor, parameter.grad, rtol=1e-5, atol=1e-5)
+    trace.back(slope, {})  # all are frozen
+
+
 def another_activation(net: Pictures) -> None:
     net.cnn[1] = nn.Tanh()
 
