@@ -733,12 +733,24 @@ def test_one_step_and_update_are_read_in_few_files(cls):
     mathematics = files_touched(update, "sbac")
     everything = files_touched(step_and_update, "sbac")
     print(f"one {name} update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
+    # What is there for speed alone, and changes no number beyond rounding: whether modules are still plain, and several
+    # critics at once.
+    speed = {"look.py", "ensemble.py"} if cls is TD3 else {"look.py"}
+    assert speed <= mathematics
+    mathematics -= speed
     # The algorithm itself; base: present values of schedules; deterministic, perceptron: mu, Q and the way back from
     # them; trainable: the steps of weights and targets; buffers, trees: the batch. A step adds the door to the
     # environment, its adapter, what watches it, the tape of its actions, noise, and what policies take note of.
     parts = {"base.py", "deterministic.py", "perceptron.py", "trainable.py", "buffers.py", "trees.py"}
     assert mathematics == {f"{name.lower()}.py", *parts}
-    assert everything - mathematics == {"envs.py", "adapters.py", "watched.py", "tape.py", "noise.py", "policies.py"}
+    assert everything - mathematics - speed == {
+        "envs.py",
+        "adapters.py",
+        "watched.py",
+        "tape.py",
+        "noise.py",
+        "policies.py",
+    }
 
     peer = getattr(stable_baselines3, name)("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=8, device="cpu")
     peer.learn(20)
@@ -862,8 +874,9 @@ def test_where_the_updates_of_ddpg_and_td3_differ():
         "max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)",
         "q, back = self.critic.evaluate(batch.obs, batch.action)",
         "td_error = q - target",
-        "critic_loss = (batch.weight * td_error.square()).mean(1).sum()",
-        "of_q = batch.weight * td_error * (2 / len(target))",
+        "weighted = batch.weight * td_error",
+        "critic_loss = (weighted * td_error).mean(1).sum()",
+        "of_q = weighted * (2 / len(target))",
         "self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))",
     ]
     # The steps of actor and targets are the same statements, which TD3 takes at every second update.
