@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbac.perceptron import Gradient, Layer, backward, through_activation
+from sbac.perceptron import Gradient, Layer, activate_, backward, through_activation
 
 MANY = 2**24
 """Multiplications in the largest layer of each perceptron up to which the way back pays to be taken together.
@@ -73,11 +73,7 @@ class Ensemble:
             x = x.expand(len(self._members), *x.shape)
         kept = [x]
         for layer in self._layers:
-            x = torch.baddbmm(layer.bias, x, layer.weight_t)
-            if layer.activation == "relu":
-                x.relu_()
-            elif layer.activation == "tanh":
-                x.tanh_()
+            x = activate_(layer.activation, torch.baddbmm(layer.bias, x, layer.weight_t))
             kept.append(x)
         return EnsembleTrace(self, self._members, self._layers, kept)
 

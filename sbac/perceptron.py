@@ -226,13 +226,16 @@ def _forward(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     """As `_forward_arrays`, by torch."""
     kept = [x]
     for layer in layers:
-        x = torch.addmm(layer.bias, x, layer.weight_t)
-        if layer.activation == "relu":
-            x.relu_()
-        elif layer.activation == "tanh":
-            x.tanh_()
+        x = activate_(layer.activation, torch.addmm(layer.bias, x, layer.weight_t))
         kept.append(x)
     return kept
+
+
+def activate_(activation: str | None, x: Tensor) -> Tensor:
+    """Apply an activation to what a layer gave, in its place."""
+    if activation == "relu":
+        return x.relu_()
+    return x.tanh_() if activation == "tanh" else x
 
 
 def _backward_arrays(
