@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from statistics import median
 
@@ -16,15 +17,16 @@ from tests.benchmarks.work import WORKS
 
 
 def test_a_work_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["predict/64", "--repeats", "1", "--share", "0.01", "--out", str(tmp_path)])
-    with (tmp_path / "benchmarks.csv").open(encoding="utf-8", newline="") as file:
+    folder = tmp_path / "not" / "there"
+    main(["predict/64", "--repeats", "1", "--share", "0.01", "--out", str(folder)])
+    with (folder / "benchmarks.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["work"], row["side"]) for row in rows] == [
         ("predict/64", "sbac"),
         ("predict/64", "stable-baselines3"),
     ]
     assert all(float(row["rate"]) > 0 for row in rows)
-    assert WORKS["predict/64"].title in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert WORKS["predict/64"].title in (folder / "benchmarks.md").read_text(encoding="utf-8")
     assert "of stable-baselines3" in capsys.readouterr().out
 
 
@@ -87,8 +89,9 @@ def test_an_unknown_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
 def test_each_plot_of_ours_has_its_points(name: str, index: int, capsys: pytest.CaptureFixture[str]) -> None:
     first, x = next(iter(PLOTS[name].sides)), PLOTS[name].xs[index]
     scaling(["--point", name, first, str(x)])
-    # Beside other tests, memory may be had that was in use before.
-    assert float(capsys.readouterr().out.split()[-1]) >= (name != "memory")
+    value = float(capsys.readouterr().out.split()[-1])
+    # Of how fast this machine is, nothing is said; and beside other tests, memory may be had that was in use before.
+    assert 0 < value < math.inf or (name == "memory" and value == 0)
 
 
 def test_plots_are_drawn_from_what_was_measured(tmp_path: Path) -> None:

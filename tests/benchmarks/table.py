@@ -29,6 +29,7 @@ def renew(path: Path, columns: Sequence[str], names: Sequence[str], measure: Cal
     Returns:
         All lines of the file.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)  # before hours are spent on what could not be written
     measured = measure()
     rows = [row for row in read(path) if row[columns[0]] not in names] + measured
     with path.open("w", encoding="utf-8", newline="") as file:
