@@ -319,15 +319,16 @@ class A3C(BaseAlgorithm):
 
         # Means over the transitions, of which each has its share.
         share, error = batch.share, value - return_  # (T n,)
-        policy_loss = -(share * advantage).dot(log_prob)
+        of_log_prob, weighted_error = -share * advantage, share * error
+        policy_loss = of_log_prob.dot(log_prob)
         entropy_loss = -share.dot(entropy)
-        value_loss = (share * error).dot(error)
+        value_loss = weighted_error.dot(error)
         ent_coef, vf_coef = self._now(self.ent_coef), self._now(self.vf_coef)
         loss = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
 
         # dtheta: grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)) + beta grad H(pi(.|s_i; theta'))
         # dtheta_v: grad (R - V(s_i; theta'_v))^2
-        of_value, of_log_prob, of_entropy = 2 * vf_coef * share * error, -share * advantage, -ent_coef * share
+        of_value, of_entropy = 2 * vf_coef * weighted_error, -ent_coef * share if ent_coef else None
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
         grad_norm = self.policy.gradient(loss, max_grad_norm, partial(back, of_value, of_log_prob, of_entropy))
 

@@ -174,5 +174,6 @@ def explained_variance(value: Tensor, return_: Tensor) -> Tensor:
         A scalar: 1 is perfect, 0 no better than a constant, below 0 worse. 0 where the returns do not vary.
     """
     spread = return_.var(correction=0)
-    explained = 1 - (return_ - value).var(correction=0) / spread
-    return torch.where(spread > 0, explained, torch.zeros_like(spread))
+    if not spread > 0:
+        return torch.zeros_like(spread)
+    return 1 - (return_ - value).var(correction=0) / spread

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from sbac.distributions import (
@@ -13,6 +15,7 @@ from sbac.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
     Distribution,
+    DistributionFamily,
     MultiCategoricalDistribution,
     SquashedDiagGaussianDistribution,
 )
@@ -129,6 +132,53 @@ def test_draws_do_not_write_into_the_parameters() -> None:
     logits = ours.logits.clone()
     ours.sample()
     assert torch.equal(ours.logits, logits)
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 64])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_choice_from_array_to_array_is_that_of_the_distribution(n_rows: int, deterministic: bool) -> None:
+    family = DistributionFamily(spaces.Discrete(5))
+    logits = torch.randn(n_rows, 5, generator=torch.Generator().manual_seed(3))
+    logits[0] = 1.0  # all alike
+    one, other = (torch.Generator().manual_seed(8) for _ in range(2))
+    for _ in range(20):
+        distribution = family(logits)
+        expected = family.to_numpy(distribution.mode() if deterministic else distribution.sample(one))
+        found = family.act(logits.numpy(), deterministic, other)
+        assert found is not None and (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_array_equal(found, expected)
+    assert torch.equal(one.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (2,)), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)])
+def test_only_one_choice_is_made_from_array_to_array(space: spaces.Space) -> None:
+    family = DistributionFamily(space)
+    assert family.act(np.zeros((4, family.width), np.float32), True, None) is None
+
+
+@pytest.mark.parametrize("make", [categorical, gaussian])
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_the_way_back_is_that_of_autograd(make: type[Distribution], with_entropy: bool) -> None:
+    ours = make()
+    parameters = ours.logits if isinstance(ours, CategoricalDistribution) else ours.mean
+    action = ours.sample(torch.Generator().manual_seed(0))
+    of_log_prob, of_entropy = torch.randn(2, BATCH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    slopes = ours.slopes(action, of_log_prob, of_entropy if with_entropy else None)
+    assert slopes is not None
+
+    parameters.requires_grad_()
+    log_std = getattr(ours, "log_std", None)
+    if log_std is not None:
+        log_std.requires_grad_()
+    loss = ours.log_prob(action).dot(of_log_prob)
+    if with_entropy:
+        loss = loss + ours.entropy().dot(of_entropy)
+    loss.backward()
+    torch.testing.assert_close(slopes[0], parameters.grad, atol=1e-9, rtol=0)
+    if log_std is None:
+        assert slopes[1] is None
+    else:
+        torch.testing.assert_close(slopes[1], log_std.grad, atol=1e-9, rtol=0)
 
 
 # The other spaces.

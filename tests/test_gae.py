@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbac.gae import gae, lambda_return, n_step_return
+from sbac.gae import explained_variance, gae, lambda_return, n_step_return
 
 GAMMA = 0.9
 SEEDS = range(5)
@@ -282,3 +282,16 @@ def test_empty_block_is_refused():
 def test_horizon_below_one_step_is_refused(n):
     with pytest.raises(ValueError, match="n must be at least 1 step"):
         n_step_return(**without_value(block(seed=0)), gamma=GAMMA, n=n)
+
+
+def test_explained_variance_by_hand():
+    # Var[R] = 1.25; R - V = (0, 0, 1, 1) varies by 0.25.
+    value, return_ = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert explained_variance(value, return_).item() == pytest.approx(0.8, abs=1e-6)
+    assert explained_variance(return_ + 7, return_).item() == 1
+    assert explained_variance(torch.zeros(4), return_).item() == pytest.approx(0, abs=1e-6)
+    assert explained_variance(-return_, return_).item() == pytest.approx(-3, abs=1e-6)
+
+
+def test_returns_that_do_not_vary_leave_nothing_to_explain():
+    assert explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 5.0])).item() == 0
