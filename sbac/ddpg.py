@@ -325,7 +325,7 @@ class DDPG(BaseAlgorithm):
             batch: obs and successor (B, *obs_shape), action (B, act_dim), reward, discount, terminated, weight (B,).
 
         Returns:
-            The losses and what tells how learning goes: scalars, and the size of each TD error, (B,).
+            The losses and what tells how learning goes; the log shows means. ``td_error`` has the size of each, (B,).
         """
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
 
@@ -338,7 +338,7 @@ class DDPG(BaseAlgorithm):
         q, back = self.critic.evaluate(batch.obs, batch.action)  # (n_critics, B), one by default
         td_error = q - target  # (n_critics, B)
         weighted = batch.weight * td_error
-        critic_loss = (weighted * td_error).mean(1).sum()
+        critic_loss = (weighted * td_error).sum() / len(target)
         of_q = weighted * (2 / len(target))  # d critic_loss / d Q(s, a)
         self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
 
@@ -347,7 +347,7 @@ class DDPG(BaseAlgorithm):
         actor_q, of_action = self.critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
         actor_loss = -actor_q.mean()
         with self.critic.undone_on_error():
-            self.actor.descend(actor_loss, max_grad_norm, partial(back, -of_action / len(target)))
+            self.actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -len(target)))
 
         # Targets: theta' <- tau theta + (1 - tau) theta'.
         if (self.n_updates + 1) % self.target_update_interval == 0:
@@ -358,8 +358,8 @@ class DDPG(BaseAlgorithm):
         return {
             "critic_loss": critic_loss,
             "actor_loss": actor_loss,
-            "q_mean": q.mean(),
-            "target_mean": target.mean(),
+            "q_mean": q,
+            "target_mean": target,
             "td_error": td_error.abs().amax(0),
         }
 

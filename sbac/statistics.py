@@ -114,9 +114,8 @@ class TrainingLog:
         """Remember the numbers of one update; a row shows their means. They stay on their device until then."""
         self.n_updates += 1
         for name, value in numbers.items():
-            mean = value.mean() if value.ndim else value
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + (mean.item() if mean.is_cpu else mean.detach()), count + 1)
+            self._sums[name] = (total + _mean(value.detach()), count + 1)
 
     def add_sums(self, sums: Mapping[str, float], n_updates: int) -> None:
         """Remember the numbers of several updates by their sums."""
@@ -164,3 +163,10 @@ class TrainingLog:
         self._start_timesteps = state["start_timesteps"]
         self._last_count, self._last_timesteps = state["last_count"], state["last_timesteps"]
         self._sums, self.n_updates = dict(state["sums"]), state["n_updates"]
+
+
+def _mean(value: Tensor) -> Tensor | float:
+    """The mean, which stays on its device; on the CPU it is a number, sooner than torch's."""
+    if not value.is_cpu:
+        return value.mean()
+    return value.sum().item() / value.numel() if value.ndim else value.item()

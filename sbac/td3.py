@@ -327,7 +327,7 @@ class TD3(BaseAlgorithm):
             batch: obs and successor (B, *obs_shape), action (B, act_dim), reward, discount, terminated, weight (B,).
 
         Returns:
-            The losses and what tells how learning goes: scalars, and the size of each TD error, (B,).
+            The losses and what tells how learning goes; the log shows means. ``td_error`` has the size of each, (B,).
         """
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
 
@@ -344,13 +344,13 @@ class TD3(BaseAlgorithm):
         q, back = self.critic.evaluate(batch.obs, batch.action)  # (n_critics, B)
         td_error = q - target  # (n_critics, B)
         weighted = batch.weight * td_error
-        critic_loss = (weighted * td_error).mean(1).sum()
+        critic_loss = (weighted * td_error).sum() / len(target)
         of_q = weighted * (2 / len(target))  # d critic_loss / d Q_i(s, a)
         self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
         numbers = {
             "critic_loss": critic_loss,
-            "q_mean": q.mean(),
-            "target_mean": target.mean(),
+            "q_mean": q,
+            "target_mean": target,
             "td_error": td_error.abs().amax(0),
         }
 
@@ -361,7 +361,7 @@ class TD3(BaseAlgorithm):
             actor_q, of_action = self.critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
             actor_loss = -actor_q.mean()
             with self.critic.undone_on_error():
-                self.actor.descend(actor_loss, max_grad_norm, partial(back, -of_action / len(target)))
+                self.actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -len(target)))
             numbers["actor_loss"] = actor_loss
 
             # Targets: theta' <- tau theta + (1 - tau) theta'.

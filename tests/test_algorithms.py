@@ -875,7 +875,7 @@ def test_where_the_updates_of_ddpg_and_td3_differ():
         "q, back = self.critic.evaluate(batch.obs, batch.action)",
         "td_error = q - target",
         "weighted = batch.weight * td_error",
-        "critic_loss = (weighted * td_error).mean(1).sum()",
+        "critic_loss = (weighted * td_error).sum() / len(target)",
         "of_q = weighted * (2 / len(target))",
         "self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))",
     ]
@@ -886,7 +886,7 @@ def test_where_the_updates_of_ddpg_and_td3_differ():
         "actor_q, of_action = self.critic.action_gradient(batch.obs, action)",
         "actor_loss = -actor_q.mean()",
         "with self.critic.undone_on_error(): "
-        "self.actor.descend(actor_loss, max_grad_norm, partial(back, -of_action / len(target)))",
+        "self.actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -len(target)))",
     ):
         assert line in ddpg
         assert line in delayed
