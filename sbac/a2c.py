@@ -241,7 +241,7 @@ class A2C(BaseAlgorithm):
         loss = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
 
         # dtheta: grad log pi(a_t|s_t) A_t + beta grad H(pi(.|s_t)); dtheta_v: grad (R_t - V(s_t))^2
-        of_value, of_entropy = 2 * vf_coef * weighted_error, -ent_coef * share if ent_coef else None
+        of_value, of_entropy = 2 * vf_coef * weighted_error, -ent_coef * share
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
         grad_norm = self.policy.descend(loss, max_grad_norm, partial(back, of_value, of_log_prob, of_entropy))
 

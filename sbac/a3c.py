@@ -328,7 +328,7 @@ class A3C(BaseAlgorithm):
 
         # dtheta: grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)) + beta grad H(pi(.|s_i; theta'))
         # dtheta_v: grad (R - V(s_i; theta'_v))^2
-        of_value, of_entropy = 2 * vf_coef * weighted_error, -ent_coef * share if ent_coef else None
+        of_value, of_entropy = 2 * vf_coef * weighted_error, -ent_coef * share
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
         grad_norm = self.policy.gradient(loss, max_grad_norm, partial(back, of_value, of_log_prob, of_entropy))
 

@@ -325,7 +325,8 @@ class DDPG(BaseAlgorithm):
             batch: obs and successor (B, *obs_shape), action (B, act_dim), reward, discount, terminated, weight (B,).
 
         Returns:
-            The losses and what tells how learning goes; the log shows means. ``td_error`` has the size of each, (B,).
+            The losses, and what tells how learning goes, of which the log takes means: ``q_mean`` (n_critics, B),
+            ``target_mean`` and ``td_error`` (B,).
         """
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
 

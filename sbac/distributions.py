@@ -30,15 +30,13 @@ class Distribution(ABC):
     def entropy(self) -> Tensor:
         """The entropy of each distribution in nats: (B,)."""
 
-    def slopes(
-        self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The way back from `log_prob` and `entropy`, where it can be written out; None leaves it to autograd.
 
         Args:
             action: Those whose `log_prob` was taken.
             of_log_prob: The gradient with respect to the logarithm of each action's probability, (B,).
-            of_entropy: The gradient with respect to each entropy, (B,); None where it has no part in the loss.
+            of_entropy: The gradient with respect to each entropy, (B,).
 
         Returns:
             The gradient with respect to what the network gave, (B, width), and that of the logarithms of the standard
@@ -67,13 +65,14 @@ class CategoricalDistribution(Distribution):
     def __init__(self, logits: Tensor, mask: Tensor | None = None) -> None:
         self.forbidden = None if mask is None else ~(mask | ~mask.any(-1, keepdim=True))
         self.logits = logits if self.forbidden is None else logits.masked_fill(self.forbidden, -math.inf)
-        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+        self._normalized: Tensor | None = None  # kept where no graph is wanted, of which each use has one of its own
+        self._known: tuple[Tensor, Tensor] | None = None  # likewise
 
     def log_prob(self, action: Tensor) -> Tensor:
-        return self._terms()[0].gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
+        return self._log_probs().gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
 
     def entropy(self) -> Tensor:
-        return self._terms()[2]
+        return self._probs_and_entropy()[1]
 
     def mode(self) -> Tensor:
         return self.logits.argmax(-1)
@@ -86,30 +85,34 @@ class CategoricalDistribution(Distribution):
             score = score.masked_fill(self.forbidden, -math.inf)  # where E is 0 too, and the score no number
         return score.argmax(-1)
 
-    def slopes(
-        self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
         if self.forbidden is not None:
             return None
         # d log pi(a) / d z = 1_a - p, d H / d z = -p (log p + H)
-        log_probs, probs, entropy = (term.detach() for term in self._terms())
-        of_log_prob = of_log_prob.unsqueeze(-1)
-        if of_entropy is None:
-            slope = probs * -of_log_prob
-        else:
-            slope = (log_probs + entropy.unsqueeze(-1)).mul_(of_entropy.unsqueeze(-1)).add_(of_log_prob)
-            slope.mul_(probs).neg_()
-        return slope.scatter_add_(-1, action.long().unsqueeze(-1), of_log_prob), None
+        log_probs = self._log_probs().detach()
+        probs, entropy = (term.detach() for term in self._probs_and_entropy())
+        slope = (log_probs + entropy.unsqueeze(-1)).mul_(of_entropy.unsqueeze(-1)).add_(of_log_prob.unsqueeze(-1))
+        slope.mul_(probs).neg_()
+        return slope.scatter_add_(-1, action.long().unsqueeze(-1), of_log_prob.unsqueeze(-1)), None
 
-    def _terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log p, p and the entropy of each distribution."""
-        if self._known is None or self.logits.requires_grad:  # each use has a graph of its own
-            log_probs = torch.log_softmax(self.logits, dim=-1)
-            probs = log_probs.exp()
-            # 0 log 0 = 0, also for the gradient
-            finite = log_probs if self.forbidden is None else log_probs.masked_fill(self.forbidden, 0.0)
-            self._known = log_probs, probs, -(probs * finite).sum(-1)
-        return self._known
+    def _log_probs(self) -> Tensor:
+        if self.logits.requires_grad:
+            return torch.log_softmax(self.logits, dim=-1)
+        if self._normalized is None:
+            self._normalized = torch.log_softmax(self.logits, dim=-1)
+        return self._normalized
+
+    def _probs_and_entropy(self) -> tuple[Tensor, Tensor]:
+        if self._known is not None and not self.logits.requires_grad:
+            return self._known
+        log_probs = self._log_probs()
+        if self.forbidden is not None:
+            log_probs = log_probs.masked_fill(self.forbidden, 0.0)  # 0 log 0 = 0, also for the gradient
+        probs = log_probs.exp()
+        found = probs, -(probs * log_probs).sum(-1)
+        if not self.logits.requires_grad:
+            self._known = found
+        return found
 
 
 class MultiCategoricalDistribution(Distribution):
@@ -187,17 +190,13 @@ class DiagGaussianDistribution(Distribution):
         # H = log sigma + log sqrt(2 pi e), summed over dimensions
         return (self.log_std + LOG_SQRT_2PI + 0.5).sum(-1).expand(self.mean.shape[:-1])
 
-    def slopes(
-        self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
         # With u = (a - mu) / sigma: d log pi / d mu = u / sigma, d log pi / d log sigma = u^2 - 1,
         # d H / d log sigma = 1
         per_sigma = torch.exp(-self.log_std.detach())
         standardized = (action - self.mean.detach()) * per_sigma
         slope = of_log_prob.unsqueeze(-1) * standardized
-        of_log_std = (slope * standardized - of_log_prob.unsqueeze(-1)).sum(0)
-        if of_entropy is not None:
-            of_log_std = of_log_std + of_entropy.sum()
+        of_log_std = (slope * standardized - of_log_prob.unsqueeze(-1)).sum(0) + of_entropy.sum()
         return slope.mul_(per_sigma), of_log_std
 
     def mode(self) -> Tensor:
@@ -231,9 +230,7 @@ class SquashedDiagGaussianDistribution(DiagGaussianDistribution):
         unbounded = self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes  # (B, d, nodes)
         return super().entropy() + (_log_slope(unbounded) * weights).sum((-1, -2))
 
-    def slopes(
-        self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def slopes(self, action: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> tuple[Tensor, Tensor | None] | None:
         return None
 
     def mode(self) -> Tensor:
@@ -342,12 +339,13 @@ class DistributionFamily:
         )
 
     def act(self, parameters: np.ndarray, deterministic: bool, generator: torch.Generator | None) -> np.ndarray | None:
-        """`mode` or `sample` from array to array, (B,), where there is one choice; None where there is more."""
+        """`mode` or `sample`, (B,), of what a network gave without a mask; None for any space but Discrete."""
         if not self._is_choice:
             return None
         if not deterministic:
             # As `CategoricalDistribution.sample`, to the last bit.
-            parameters = parameters - torch.empty(parameters.shape).exponential_(generator=generator).log_().numpy()
+            waiting = torch.empty_like(torch.from_numpy(parameters)).exponential_(generator=generator)
+            parameters = parameters - waiting.log_().numpy()
         return parameters.argmax(-1)
 
     def to_numpy(self, action: Tree) -> Tree:

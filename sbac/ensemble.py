@@ -113,7 +113,8 @@ class EnsembleTrace:
             return torch.stack(inputs) if is_input_asked else None
         for k in range(len(self._layers) - 1, -1, -1):
             layer = self._layers[k]
-            gradient = through_activation(layer.activation, gradient, self._kept[k + 1])
+            is_own = k < len(self._layers) - 1
+            gradient = through_activation(layer.activation, gradient, self._kept[k + 1], in_place=is_own)
             of_weight, of_bias, each = gradients[k]
             beta = max([one.beta() for one in each])
             of_weight.baddbmm_(gradient.transpose(1, 2), self._kept[k], beta=beta)

@@ -265,14 +265,23 @@ def _backward_arrays(
     return gradient
 
 
-_relu_backward, _tanh_backward = torch.ops.aten.threshold_backward.default, torch.ops.aten.tanh_backward.default
+_relu_backward, _tanh_backward = torch.ops.aten.threshold_backward, torch.ops.aten.tanh_backward
 
 
-def through_activation(activation: str | None, gradient: Tensor, output: Tensor) -> Tensor:
-    """The gradient with respect to what an activation read, from that with respect to what it gave, and from this."""
+def through_activation(activation: str | None, gradient: Tensor, output: Tensor, in_place: bool = False) -> Tensor:
+    """The gradient with respect to what an activation read, from that with respect to what it gave, and from this.
+
+    In its place, large gradients need no other memory, which has to be fetched.
+    """
+    if activation is None:
+        return gradient
     if activation == "relu":
-        return _relu_backward(gradient, output, 0)
-    return _tanh_backward(gradient, output) if activation == "tanh" else gradient
+        if in_place:
+            return _relu_backward.grad_input(gradient, output, 0, grad_input=gradient)
+        return _relu_backward.default(gradient, output, 0)
+    if in_place:
+        return _tanh_backward.grad_input(gradient, output, grad_input=gradient)
+    return _tanh_backward.default(gradient, output)
 
 
 def backward(
@@ -285,7 +294,7 @@ def backward(
     """As `_backward_arrays`, by torch."""
     for k in range(len(layers) - 1, -1, -1):
         layer, below, above = layers[k], kept[k], kept[k + 1]
-        gradient = through_activation(layer.activation, gradient, above)
+        gradient = through_activation(layer.activation, gradient, above, in_place=k < len(layers) - 1)
         weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
         if weight is not None:
             weight.tensor.addmm_(gradient.t(), below, beta=weight.beta())

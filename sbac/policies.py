@@ -191,14 +191,14 @@ class Evaluation(NamedTuple):
     """What networks say of a rollout of T steps of n environments, and the way back to their parameters.
 
     `back` takes the gradients of a loss with respect to `value`, `log_prob` and `entropy`, in this order, and adds what
-    follows to the gradients of the parameters. None stands for that of `entropy` where the loss does not contain it.
+    follows to the gradients of the parameters.
     """
 
     value: Tensor  # V(s), (T n,)
     log_prob: Tensor  # log pi(a|s), (T n,)
     entropy: Tensor  # of pi(.|s), (T n,)
     bootstrap_value: Tensor  # V of `RolloutBatch.bootstrap_obs`, (M,), from the networks as they evaluate
-    back: Callable[[Tensor, Tensor, Tensor | None], None]
+    back: Callable[[Tensor, Tensor, Tensor], None]
 
 
 class _Images(NamedTuple):
@@ -354,7 +354,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
             return None
         action, distribution = self.family.flat(batch.action), self._distribution(pi.output, mask)
 
-        def back(of_value: Tensor, of_log_prob: Tensor, of_entropy: Tensor | None) -> None:
+        def back(of_value: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> None:
             of_features = v.back(of_value.unsqueeze(-1), self._in_place, chain is not None)
             slopes = distribution.slopes(action, of_log_prob, of_entropy)
             if slopes is None:
@@ -362,9 +362,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
                 log_std = [p for p in self._learning if p is getattr(self, "log_std", None)]
                 with torch.enable_grad():
                     same = self._distribution(leaf, mask)
-                    found = same.log_prob(action).dot(of_log_prob)
-                    if of_entropy is not None:
-                        found = found + same.entropy().dot(of_entropy)
+                    found = (same.log_prob(action) * of_log_prob).sum() + (same.entropy() * of_entropy).sum()
                 found.backward(inputs=[leaf, *log_std])
                 of_parameters = leaf.grad
             else:
@@ -414,9 +412,10 @@ class StochasticActorCritic(Trainable, BasePolicy):
         parameters = None
         if type(obs) is np.ndarray and self.preprocessor.is_identity and self._has_plain_bodies():
             parameters = self._pi.act(obs)
-            action = None if parameters is None else self.family.act(parameters, deterministic, generator)
-            if action is not None:
-                return action
+            if parameters is not None and type(self.family) is DistributionFamily:
+                action = self.family.act(parameters, deterministic, generator)
+                if action is not None:
+                    return action
         with torch.no_grad():
             if parameters is None:
                 distribution = self._distribution_to_act(obs)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sbac.adapters import Infos, Step
@@ -167,6 +168,6 @@ class TrainingLog:
 
 def _mean(value: Tensor) -> Tensor | float:
     """The mean, which stays on its device; on the CPU it is a number, sooner than torch's."""
-    if not value.is_cpu:
+    if not (value.is_cpu and value.numel()):
         return value.mean()
-    return value.sum().item() / value.numel() if value.ndim else value.item()
+    return value.sum(dtype=torch.float64).item() / value.numel() if value.ndim else value.item()

@@ -279,13 +279,10 @@ class Trainable(nn.Module):
             gradient.mul_(max_grad_norm / (length + 1e-6))
         return norm
 
-    def back_by_autograd(self, outputs: Sequence[Tensor], *gradients: Tensor | None) -> None:
-        """Add to the gradients of the parameters, from those of a loss with respect to what the network gave.
-
-        None stands for one that the loss does not contain.
-        """
+    def back_by_autograd(self, outputs: Sequence[Tensor], *gradients: Tensor) -> None:
+        """Add to the gradients of the parameters, from those of a loss with respect to what the network gave."""
         # What only frozen parts had a hand in has no way back.
-        learned = [i for i, output in enumerate(outputs) if output.requires_grad and gradients[i] is not None]
+        learned = [i for i, output in enumerate(outputs) if output.requires_grad]
         if learned:
             asked = [outputs[i] for i in learned], [gradients[i] for i in learned]
             torch.autograd.backward(*asked, inputs=self._learning)

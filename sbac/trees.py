@@ -78,7 +78,7 @@ def copy_tree(tree: Tree) -> Tree:
 
 def all_finite(array: np.ndarray) -> bool:
     """Whether an array holds neither NaN nor infinity."""
-    return array.dtype.kind != "f" or np.count_nonzero(np.isfinite(array)) == array.size  # sooner than all()
+    return array.dtype.kind != "f" or bool(np.count_nonzero(np.isfinite(array)) == array.size)  # sooner than all()
 
 
 def first_not_finite(batch: np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -157,28 +158,37 @@ def test_only_one_choice_is_made_from_array_to_array(space: spaces.Space) -> Non
 
 
 @pytest.mark.parametrize("make", [categorical, gaussian])
-@pytest.mark.parametrize("with_entropy", [True, False])
-def test_the_way_back_is_that_of_autograd(make: type[Distribution], with_entropy: bool) -> None:
+def test_the_way_back_is_that_of_autograd(make: type[Distribution]) -> None:
     ours = make()
     parameters = ours.logits if isinstance(ours, CategoricalDistribution) else ours.mean
     action = ours.sample(torch.Generator().manual_seed(0))
     of_log_prob, of_entropy = torch.randn(2, BATCH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    slopes = ours.slopes(action, of_log_prob, of_entropy if with_entropy else None)
+    slopes = ours.slopes(action, of_log_prob, of_entropy)
     assert slopes is not None
 
     parameters.requires_grad_()
     log_std = getattr(ours, "log_std", None)
     if log_std is not None:
         log_std.requires_grad_()
-    loss = ours.log_prob(action).dot(of_log_prob)
-    if with_entropy:
-        loss = loss + ours.entropy().dot(of_entropy)
-    loss.backward()
+    (ours.log_prob(action).dot(of_log_prob) + ours.entropy().dot(of_entropy)).backward()
     torch.testing.assert_close(slopes[0], parameters.grad, atol=1e-9, rtol=0)
     if log_std is None:
         assert slopes[1] is None
     else:
         torch.testing.assert_close(slopes[1], log_std.grad, atol=1e-9, rtol=0)
+
+
+def test_what_a_choice_keeps_has_no_graph() -> None:
+    logits = torch.zeros(2, 3, requires_grad=True)
+    ours, action = CategoricalDistribution(logits), torch.tensor([0, 1])
+    for _ in range(2):  # each use has a graph of its own
+        ours.log_prob(action).sum().backward()
+        ours.entropy().sum().backward()
+    copy.deepcopy(ours)
+    logits.requires_grad_(False)
+    assert not ours.log_prob(action).requires_grad and not ours.entropy().requires_grad
+    logits.requires_grad_()
+    assert ours.log_prob(action).requires_grad and ours.entropy().requires_grad
 
 
 # The other spaces.

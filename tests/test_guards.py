@@ -34,7 +34,7 @@ def test_one_bad_number_anywhere_is_found(dtype: Any, bad: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_large_numbers_are_finite_though_their_squares_are_not(dtype: Any) -> None:
+def test_the_largest_numbers_are_finite(dtype: Any) -> None:
     largest = np.finfo(dtype).max
     with warnings.catch_warnings():
         warnings.simplefilter("error")

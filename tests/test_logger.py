@@ -31,6 +31,7 @@ from sbac.logger import (
     Video,
     configure,
 )
+from sbac.statistics import EpisodeStatistics, TrainingLog
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -456,3 +457,14 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path, key: str) -> None:
     first, last = rows_of(path)
     assert first["a"] == "1"
     assert last[key] == "2"
+
+
+def test_a_row_shows_means_over_updates_of_means_over_batches(tmp_path: Path) -> None:
+    gathered = TrainingLog(interval=1, num_timesteps=0)
+    gathered.add({"loss": torch.tensor(1.0), "error": torch.tensor([[1.0, 2.0], [3.0, 6.0]], requires_grad=True)})
+    gathered.add({"loss": torch.tensor(2.0), "error": torch.full((70_000,), 2.0, dtype=torch.float16)})
+    gathered.add({"loss": torch.tensor(6.0)})  # the actor learns in some updates only
+    logger = Logger(None, [])
+    gathered.record(logger, 1, 3, EpisodeStatistics(1, 100))
+    assert logger.name_to_value["train/loss"] == 3
+    assert logger.name_to_value["train/error"] == 2.5

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sbac.bodies import split_net_arch
 from sbac.deterministic import DeterministicActorCritic
-from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution
+from sbac.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution, DistributionFamily
 from sbac.guards import NotFiniteError
 from sbac.networks import BaseFeaturesExtractor, FlattenExtractor, create_mlp, init_fan_in
 from sbac.observations import check_observation_space
@@ -186,6 +186,34 @@ def test_acting_is_drawing_from_the_distribution() -> None:
     torch.testing.assert_close(log_prob, distribution.log_prob(action))
     torch.testing.assert_close(value, policy.predict_values(obs))
     assert torch.equal(policy(obs, deterministic=True)[0], distribution.mode())
+
+
+def test_a_choice_is_drawn_from_the_distribution_that_is_learned_by() -> None:
+    policy = StochasticActorCritic(BOX, ACTIONS["discrete"], CPU)
+    numpy_obs = np.stack([BOX.sample() for _ in range(200)])
+
+    def drawn(deterministic: bool) -> tuple[np.ndarray, np.ndarray]:
+        one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+        distribution = policy.get_distribution(torch.as_tensor(numpy_obs))
+        expected = distribution.mode() if deterministic else distribution.sample(one)
+        return policy.act(numpy_obs, deterministic, other), expected.numpy()
+
+    for deterministic in (True, False):
+        np.testing.assert_array_equal(*drawn(deterministic))
+
+    class Least(CategoricalDistribution):
+        def mode(self) -> Tensor:
+            return self.logits.argmin(-1)
+
+    class Family(DistributionFamily):
+        def __call__(self, parameters: Tensor, *others: Any) -> Distribution:
+            return Least(parameters)
+
+    usual = policy.act(numpy_obs, True)
+    policy.family = Family(ACTIONS["discrete"])
+    found, expected = drawn(True)
+    np.testing.assert_array_equal(found, expected)
+    assert (found != usual).all()
 
 
 def test_first_weights_of_a_stochastic_policy_are_orthogonal() -> None:
