@@ -24,7 +24,7 @@ from sbac.networks import (
     init_fan_in,
     init_uniform,
 )
-from sbac.perceptron import FEW, Gradient, Perceptron, Plain, Trace
+from sbac.perceptron import Gradient, Perceptron, Plain, Trace
 from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
@@ -178,9 +178,10 @@ class _Way(NamedTuple):
                 action = action.expand(len(features), *action.shape)
         return QTrace(below, self.above.trace(torch.cat([features, action], dim=-1)), action.shape[-1])
 
-    def n_weights(self) -> int:
-        """Of the largest layer of each."""
-        return max(part.n_weights for part in (self.below, self.above) if part is not None)
+    def is_by_numpy(self, n_rows: int) -> bool:
+        """Whether so many rows are better left to NumPy, one network after the other."""
+        parts = (self.above,) if self.below is None else (self.below, self.above)
+        return all(isinstance(part, Plain) and part.is_by_numpy(n_rows) for part in parts)
 
 
 class _Ways(NamedTuple):
@@ -281,7 +282,7 @@ class Critic(Trainable):
             return None
         if only_first:
             each = each[:1]
-        elif together is not None and len(action) * together.n_weights() > FEW:
+        elif together is not None and not each[0].is_by_numpy(len(action)):
             each = [together]
         return [way.trace(features, action) for way in each]
 

@@ -6,8 +6,8 @@ Where operations are written out instead of going through modules and autograd, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import repeat
-from operator import contains
+from itertools import chain, repeat
+from operator import contains, is_
 from typing import Any
 
 import torch
@@ -29,22 +29,21 @@ class Look:
     def __init__(self, modules: Sequence[nn.Module] = (), calls: Sequence[nn.Module] | None = None) -> None:
         called = modules if calls is None else calls
         self._holders = [holder for module in modules for holder in (module._modules, module._parameters) if holder]
-        held = self._now()
-        self._ids = [*map(id, held)]
-        self._held = held  # so that none of them goes, and leaves its id to another
-        self.parameters = [part for part in held if isinstance(part, Tensor)]
+        self._held = self._now()
+        self.parameters = [part for part in self._held if isinstance(part, Tensor)]
         self._addresses = [*map(Tensor.data_ptr, self.parameters)]
         self._hooks = [hooks for module in called for hooks in _hooks(module)]
         self._attributes = [module.__dict__ for module in called]
 
     def is_still_so(self) -> bool:
         """Whether the modules hold the same parts and parameters, in the same memory; not if nobody has looked yet."""
-        if not self._holders or [*map(id, self._now())] != self._ids:
+        now = self._now()
+        if not now or len(now) != len(self._held) or not all(map(is_, now, self._held)):
             return False
         return [*map(Tensor.data_ptr, self.parameters)] == self._addresses
 
     def _now(self) -> list[Any]:
-        return [part for holder in self._holders for part in holder.values()]
+        return [*chain.from_iterable(map(_values, self._holders))]
 
     def is_hooked(self) -> bool:
         """Whether somebody hooked into one of the modules, or gave it another `forward`."""
@@ -53,6 +52,9 @@ class Look:
     def has_hooks_of_gradients(self) -> bool:
         """Whether somebody is to be told of a parameter's gradient."""
         return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
+
+
+_values = dict[str, Any].values
 
 
 def is_hooked(module: nn.Module) -> bool:

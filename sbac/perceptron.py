@@ -23,6 +23,12 @@ FEW = 2**18
 Beyond them its BLAS would share the work among threads, however many torch is allowed.
 """
 
+FEW_OUTPUTS = 2**12
+"""Numbers that come out of the widest layer, likewise.
+
+NumPy goes over them more often than torch: for zeros before the product, the bias and the activation.
+"""
+
 
 class Gradient:
     """Where a parameter's gradient is added up: one memory, seen twice.
@@ -124,6 +130,7 @@ class Plain(NamedTuple):
 
     layers: Sequence[Layer] = ()
     n_weights: int = 0  # of the largest layer
+    width: int = 0  # of the widest one
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> Plain:
@@ -134,11 +141,16 @@ class Plain(NamedTuple):
             parts: Those that may be an `nn.Sequential`.
         """
         layers = _plain_layers(modules, parts)
-        return cls(layers, max((layer.weight.numel() for layer in layers), default=0))
+        widths = (len(layer.weight) for layer in layers)
+        return cls(layers, max((layer.weight.numel() for layer in layers), default=0), max(widths, default=0))
+
+    def is_by_numpy(self, n_rows: int) -> bool:
+        """Whether so many rows are better left to NumPy."""
+        return n_rows * self.n_weights <= FEW and n_rows * self.width <= FEW_OUTPUTS
 
     def trace(self, x: Tensor) -> Trace:
         """What they give for (B, n_in), with the way back."""
-        if len(x) * self.n_weights <= FEW:
+        if self.is_by_numpy(len(x)):
             return Trace(self.layers, _forward_arrays(self.layers, x.detach().numpy()))
         return Trace(self.layers, _forward(self.layers, x.detach()))
 

@@ -18,7 +18,7 @@ from sbac.buffers import RolloutBatch
 from sbac.deterministic import DeterministicActorCritic
 from sbac.envs import Spaces
 from sbac.normalization import Normalizer
-from sbac.perceptron import FEW, Gradient, Perceptron
+from sbac.perceptron import FEW, FEW_OUTPUTS, Gradient, Perceptron
 from sbac.policies import StochasticActorCritic
 from sbac.preprocessing import Preprocessor
 
@@ -52,7 +52,7 @@ def places(net: nn.Module) -> dict[int, Gradient]:
 def test_both_ways_through_give_the_same(n_rows: int, activation: type[nn.Module], last: nn.Module | None) -> None:
     torch.manual_seed(n_rows)
     net, x = Net(activation, last), torch.randn(n_rows, 3, requires_grad=True)
-    assert (n_rows * 64 * 64 <= FEW) == (n_rows < 128)
+    assert net.way.plain().is_by_numpy(n_rows) == (n_rows < 128)
     expected, slope = net.plainly(x), torch.randn(n_rows, 2)
     expected.backward(slope)
 
@@ -71,6 +71,16 @@ def test_both_ways_through_give_the_same(n_rows: int, activation: type[nn.Module
     assert (acted is None) == (n_rows == 128)
     if acted is not None:
         np.testing.assert_allclose(acted, expected.detach().numpy(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_rows", [FEW_OUTPUTS // 64, FEW_OUTPUTS // 64 + 1])
+def test_many_outputs_of_few_inputs_are_not_for_numpy(n_rows: int) -> None:
+    owner = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 64), nn.ReLU())})
+    way, x = Perceptron(owner, "net"), torch.linspace(-1, 1, 3 * n_rows).view(n_rows, 3)
+    assert n_rows * 3 * 64 < FEW
+    trace = way.trace(x)
+    assert trace is not None and trace._is_few is (n_rows * 64 <= FEW_OUTPUTS)
+    torch.testing.assert_close(trace.output, owner["net"](x).detach(), rtol=1e-6, atol=1e-6)
 
 
 class Tied(nn.Module):
