@@ -79,6 +79,8 @@ def _as_stored(obs: Tree, stored: Tree) -> Tree:
 
 
 def _equal(one: Tree, other: Tree) -> bool:
+    if type(one) is np.ndarray:
+        return np.array_equal(one, other)
     return all(np.array_equal(a, b) for (_, a), (_, b) in zip(leaves(one), leaves(other), strict=True))
 
 

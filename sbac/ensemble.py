@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbac.perceptron import Gradient, Layer, activate_, backward, through_activation
+from sbac.perceptron import Gradient, Layer, activate_, backward, through_activation, times
 
 MANY = 2**24
 """Multiplications in the largest layer of each perceptron up to which the way back pays to be taken together.
@@ -120,7 +120,7 @@ class EnsembleTrace:
             of_weight.baddbmm_(gradient.transpose(1, 2), self._kept[k], beta=beta)
             of_bias.add_(gradient.sum(1))
             if k > 0 or is_input_asked:
-                gradient = gradient.bmm(layer.weight)
+                gradient = times(gradient, layer.weight)
         return gradient if is_input_asked else None
 
 

@@ -313,5 +313,12 @@ def backward(
         if bias is not None:
             bias.tensor.add_(gradient.sum(0))
         if k > 0 or is_input_asked:
-            gradient = gradient.mm(layer.weight)
+            gradient = times(gradient, layer.weight)
     return gradient
+
+
+def times(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(..., B, n_out) times (..., n_out, n_in). For a single output, as a critic has, that takes no matrix product."""
+    if weight.shape[-2] == 1:
+        return gradient * weight
+    return gradient.mm(weight) if weight.dim() == 2 else gradient.bmm(weight)
