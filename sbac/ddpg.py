@@ -328,33 +328,36 @@ class DDPG(BaseAlgorithm):
             The losses, and what tells how learning goes, of which the log takes means: ``q_mean`` (n_critics, B),
             ``target_mean`` and ``td_error`` (B,).
         """
+        actor, critic = self.actor, self.critic
+        actor_target, critic_target = self.actor_target, self.critic_target
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
+        n = len(batch.reward)  # B
 
         # Critic: y = r + gamma (1 - terminated) Q'(s', mu'(s')), minimise (Q(s, a) - y)^2. The batch brings gamma, or
         # with n-step returns its power, and weights, which are 1 unless replay is prioritised.
         with torch.no_grad():
-            next_action = self.actor_target(batch.successor)  # (B, act_dim)
-            next_q = self.critic_target(batch.successor, next_action).amin(0)  # (B,)
+            next_action = actor_target(batch.successor)  # (B, act_dim)
+            next_q = critic_target(batch.successor, next_action).amin(0)  # (B,)
             target = batch.reward + batch.discount * (1 - batch.terminated) * next_q  # (B,)
-        q, back = self.critic.evaluate(batch.obs, batch.action)  # (n_critics, B), one by default
+        q, back = critic.evaluate(batch.obs, batch.action)  # (n_critics, B), one by default
         td_error = q - target  # (n_critics, B)
         weighted = batch.weight * td_error
-        critic_loss = (weighted * td_error).sum() / len(target)
-        of_q = weighted * (2 / len(target))  # d critic_loss / d Q(s, a)
-        self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
+        critic_loss = (weighted * td_error).sum() / n
+        of_q = weighted * (2 / n)  # d critic_loss / d Q(s, a)
+        critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
 
         # Actor: maximise Q(s, mu(s)), along the mean of grad_a Q(s, a)|a=mu(s) grad mu(s): equation 6.
-        action, back = self.actor.evaluate(batch.obs)  # (B, act_dim)
-        actor_q, of_action = self.critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
+        action, back = actor.evaluate(batch.obs)  # (B, act_dim)
+        actor_q, of_action = critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
         actor_loss = -actor_q.mean()
-        with self.critic.undone_on_error():
-            self.actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -len(target)))
+        with critic.undone_on_error():
+            actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -n))
 
         # Targets: theta' <- tau theta + (1 - tau) theta'.
         if (self.n_updates + 1) % self.target_update_interval == 0:
             tau = self._now(self.tau)
-            self.critic_target.follow(self.critic, tau)
-            self.actor_target.follow(self.actor, tau)
+            critic_target.follow(critic, tau)
+            actor_target.follow(actor, tau)
 
         return {
             "critic_loss": critic_loss,

@@ -116,7 +116,7 @@ class TrainingLog:
         self.n_updates += 1
         for name, value in numbers.items():
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + _mean(value.detach()), count + 1)
+            self._sums[name] = (total + _mean(value), count + 1)
 
     def add_sums(self, sums: Mapping[str, float], n_updates: int) -> None:
         """Remember the numbers of several updates by their sums."""
@@ -169,5 +169,5 @@ class TrainingLog:
 def _mean(value: Tensor) -> Tensor | float:
     """The mean, which stays on its device; on the CPU it is a number, sooner than torch's."""
     if not (value.is_cpu and value.numel()):
-        return value.mean()
+        return value.detach().mean()
     return value.sum(dtype=torch.float64).item() / value.numel() if value.ndim else value.item()

@@ -330,7 +330,10 @@ class TD3(BaseAlgorithm):
             The losses, and what tells how learning goes, of which the log takes means: ``q_mean`` (n_critics, B),
             ``target_mean`` and ``td_error`` (B,).
         """
+        actor, critic = self.actor, self.critic
+        actor_target, critic_target = self.actor_target, self.critic_target
         max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)
+        n = len(batch.reward)  # B
 
         # Critics: y = r + gamma (1 - terminated) min_i Q'_i(s', clip(mu'(s') + clip(eps, -c, c), -1, 1)), minimise
         # sum_i (Q_i(s, a) - y)^2. The batch brings gamma, or with n-step returns its power, and weights, which are 1
@@ -339,15 +342,15 @@ class TD3(BaseAlgorithm):
             clip = self._now(self.target_noise_clip)
             # Drawn on the CPU, whose generator is the model's own during an update.
             eps = torch.randn(batch.action.shape).to(self.device) * self._now(self.target_policy_noise)
-            next_action = (self.actor_target(batch.successor) + eps.clamp(-clip, clip)).clamp(-1, 1)  # (B, act_dim)
-            next_q = self.critic_target(batch.successor, next_action).amin(0)  # (B,)
+            next_action = (actor_target(batch.successor) + eps.clamp(-clip, clip)).clamp(-1, 1)  # (B, act_dim)
+            next_q = critic_target(batch.successor, next_action).amin(0)  # (B,)
             target = batch.reward + batch.discount * (1 - batch.terminated) * next_q  # (B,)
-        q, back = self.critic.evaluate(batch.obs, batch.action)  # (n_critics, B)
+        q, back = critic.evaluate(batch.obs, batch.action)  # (n_critics, B)
         td_error = q - target  # (n_critics, B)
         weighted = batch.weight * td_error
-        critic_loss = (weighted * td_error).sum() / len(target)
-        of_q = weighted * (2 / len(target))  # d critic_loss / d Q_i(s, a)
-        self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
+        critic_loss = (weighted * td_error).sum() / n
+        of_q = weighted * (2 / n)  # d critic_loss / d Q_i(s, a)
+        critic.descend(critic_loss, max_grad_norm, partial(back, of_q))
         numbers = {
             "critic_loss": critic_loss,
             "q_mean": q,
@@ -358,18 +361,18 @@ class TD3(BaseAlgorithm):
         n_critic_steps = self.n_updates + 1
         if n_critic_steps % self.policy_delay == 0:
             # Actor: maximise Q_1(s, mu(s)), along the mean of grad_a Q_1(s, a)|a=mu(s) grad mu(s).
-            action, back = self.actor.evaluate(batch.obs)  # (B, act_dim)
-            actor_q, of_action = self.critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
+            action, back = actor.evaluate(batch.obs)  # (B, act_dim)
+            actor_q, of_action = critic.action_gradient(batch.obs, action)  # (B,), (B, act_dim)
             actor_loss = -actor_q.mean()
-            with self.critic.undone_on_error():
-                self.actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -len(target)))
+            with critic.undone_on_error():
+                actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -n))
             numbers["actor_loss"] = actor_loss
 
             # Targets: theta' <- tau theta + (1 - tau) theta'.
             if n_critic_steps // self.policy_delay % self.target_update_interval == 0:
                 tau = self._now(self.tau)
-                self.critic_target.follow(self.critic, tau)
-                self.actor_target.follow(self.actor, tau)
+                critic_target.follow(critic, tau)
+                actor_target.follow(actor, tau)
         return numbers
 
     def _start_episodes(self, env: Environments) -> None:

@@ -124,21 +124,23 @@ class Trainable(nn.Module):
         self._before = flat.clone()
         self._gradient = self.flat.grad = torch.zeros_like(flat)
         self._gradient_address = self._gradient.data_ptr()
-        self._layout: list[tuple[nn.Parameter, Tensor, int, bool]] = []
+        self._layout: list[tuple[nn.Parameter, Tensor, bool]] = []
+        self._addresses: list[int] = []
         self._frozen: list[slice] = []
         start = 0
         for leaf in self._leaves:
             span = slice(start, start + leaf.numel())
             leaf.data = flat[span].view_as(leaf)
             view = leaf.grad = self._gradient[span].view_as(leaf)
-            self._layout.append((leaf, view, leaf.data_ptr(), leaf.requires_grad))
+            self._layout.append((leaf, view, leaf.requires_grad))
+            self._addresses.append(leaf.data_ptr())
             if not leaf.requires_grad:
                 self._frozen.append(span)
             start = span.stop
         self._learning = [leaf for leaf in self._leaves if leaf.requires_grad]
         self._in_place = {
             id(leaf): Gradient(view, view.numpy() if view.device.type == "cpu" else None)
-            for leaf, view, _, learns in self._layout
+            for leaf, view, learns in self._layout
             if learns
         }
         self._buffer_list = list(self.buffers())
@@ -146,11 +148,16 @@ class Trainable(nn.Module):
     def _lay_if_moved(self) -> None:
         """As `_lay`, where somebody replaced what it made, or froze or thawed a parameter."""
         moved = self.flat.grad is not self._gradient or self._gradient.data_ptr() != self._gradient_address
-        for leaf, view, address, learns in self._layout:
-            if leaf.grad is not view or leaf.data_ptr() != address or leaf.requires_grad is not learns:
+        moved = moved or not self._lies_flat()
+        for leaf, view, learns in self._layout:
+            if leaf.grad is not view or leaf.requires_grad is not learns:
                 moved = True
         if moved or (self._left_out and any(parameter.requires_grad for parameter in self._left_out)):
             self._lay()
+
+    def _lies_flat(self) -> bool:
+        """Whether the leaves still have their values in `flat`."""
+        return [leaf.data_ptr() for leaf in self._leaves] == self._addresses
 
     def __getstate__(self) -> dict[str, Any]:
         # Views become tensors of their own in a copy or a pickle: leave out what `_lay` makes anew.
@@ -159,6 +166,7 @@ class Trainable(nn.Module):
             "_gradient",
             "_gradient_address",
             "_layout",
+            "_addresses",
             "_frozen",
             "_learning",
             "_in_place",
@@ -321,17 +329,17 @@ class Trainable(nn.Module):
             self.undo_step()
             raise
 
-    @torch.no_grad()
     def follow(self, source: Trainable, tau: float) -> None:
         """Soft update of a target network: theta' <- tau theta + (1 - tau) theta'. `tau=1` copies.
 
         Buffers that are no parameters (running statistics of normalisation layers) are copied.
         """
-        self._lay_if_moved()
-        source._lay_if_moved()
+        for network in (self, source):
+            if not network._lies_flat():
+                network._lay()
         self.flat.data.lerp_(source.flat.data, tau)
         for own, other in zip(self._buffer_list, source._buffer_list, strict=True):
-            own.copy_(other)
+            own.data.copy_(other.data)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a network in training consists of: ``flat``, what is frozen, buffers, the optimizer's statistics.
@@ -416,31 +424,30 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
     state = optimizer.state[parameter]
     if not state:
         state.update(initial_state(optimizer))
-    gradient = parameter.grad
-    with torch.no_grad():
-        state["step"] += 1
-        if kind is torch.optim.RMSprop:
-            if group["weight_decay"]:
-                gradient = gradient.add(parameter, alpha=group["weight_decay"])
-            square_avg = state["square_avg"]
-            square_avg.mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
-            parameter.addcdiv_(gradient, square_avg.sqrt().add_(group["eps"]), value=-group["lr"])
-        else:
-            torch._fused_adam_(
-                [parameter],
-                [gradient],
-                [state["exp_avg"]],
-                [state["exp_avg_sq"]],
-                [],
-                [state["step"]],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+    gradient, values = parameter.grad, parameter.detach()
+    state["step"] += 1
+    if kind is torch.optim.RMSprop:
+        if group["weight_decay"]:
+            gradient = gradient.add(values, alpha=group["weight_decay"])
+        square_avg = state["square_avg"]
+        square_avg.mul_(group["alpha"]).addcmul_(gradient, gradient, value=1 - group["alpha"])
+        values.addcdiv_(gradient, square_avg.sqrt().add_(group["eps"]), value=-group["lr"])
+    else:
+        torch._fused_adam_(
+            [values],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 _ALSO_UNUSUAL = ("maximize", "foreach", "capturable", "differentiable")

@@ -871,25 +871,27 @@ def test_where_the_updates_of_ddpg_and_td3_differ():
     ddpg, td3 = statements(DDPG, "_update"), statements(TD3, "_update")
     in_both = [line for line in ddpg if line in td3]
     assert in_both == [
+        "actor, critic = (self.actor, self.critic)",
+        "actor_target, critic_target = (self.actor_target, self.critic_target)",
         "max_grad_norm = None if self.max_grad_norm is None else self._now(self.max_grad_norm)",
-        "q, back = self.critic.evaluate(batch.obs, batch.action)",
+        "n = len(batch.reward)",
+        "q, back = critic.evaluate(batch.obs, batch.action)",
         "td_error = q - target",
         "weighted = batch.weight * td_error",
-        "critic_loss = (weighted * td_error).sum() / len(target)",
-        "of_q = weighted * (2 / len(target))",
-        "self.critic.descend(critic_loss, max_grad_norm, partial(back, of_q))",
+        "critic_loss = (weighted * td_error).sum() / n",
+        "of_q = weighted * (2 / n)",
+        "critic.descend(critic_loss, max_grad_norm, partial(back, of_q))",
     ]
     # The steps of actor and targets are the same statements, which TD3 takes at every second update.
     delayed = next(line for line in td3 if line.startswith("if n_critic_steps % self.policy_delay == 0:"))
     for line in (
-        "action, back = self.actor.evaluate(batch.obs)",
-        "actor_q, of_action = self.critic.action_gradient(batch.obs, action)",
+        "action, back = actor.evaluate(batch.obs)",
+        "actor_q, of_action = critic.action_gradient(batch.obs, action)",
         "actor_loss = -actor_q.mean()",
-        "with self.critic.undone_on_error(): "
-        "self.actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -len(target)))",
+        "with critic.undone_on_error(): actor.descend(actor_loss, max_grad_norm, partial(back, of_action / -n))",
     ):
         assert line in ddpg
         assert line in delayed
-    for line in ("self.critic_target.follow(self.critic, tau)", "self.actor_target.follow(self.actor, tau)"):
+    for line in ("critic_target.follow(critic, tau)", "actor_target.follow(actor, tau)"):
         assert line in ddpg[-2]
         assert line in delayed
