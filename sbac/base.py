@@ -330,13 +330,14 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
     @contextlib.contextmanager
     def _own_randomness(self) -> Iterator[None]:
         """While an update runs, torch's global generator (of dropout, say) is the model's; then it is as before."""
-        before = torch.get_rng_state()
-        torch.set_rng_state(self._update_state)
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.set_state(self._update_state)
         try:
             yield
         finally:
-            self._update_state = torch.get_rng_state()
-            torch.set_rng_state(before)
+            self._update_state = generator.get_state()
+            generator.set_state(before)
 
     def _now(self, value: FloatOrSchedule) -> float:
         """A hyperparameter's present value: itself, or what its schedule says of the progress so far."""
@@ -376,8 +377,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         obs, single = as_batch(observation, self.observation_space)
         self.policy.set_training_mode(False)
         action, state = self.policy.act_with_state(obs, state, episode_start, deterministic, self._predict_generator)
-        native = self._codec.to_env(action)
-        return (rows(native, 0) if single else native), state
+        return self._codec.to_env(rows(action, 0) if single else action), state
 
     # Environments.
 

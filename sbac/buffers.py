@@ -436,8 +436,10 @@ class ReplayBuffer:
         is_cut = self.flags.reshape(-1)[index] & CUT > 0
         for i in is_cut.nonzero()[0]:
             set_rows(successor, i, self._successor_of[int(index[i])])
-        for i in (self._is_newest(index) & ~is_cut).nonzero()[0]:
-            set_rows(successor, i, rows(self._newest, index[i] % self.n_envs))
+        is_newest = self._is_newest(index)
+        if np.count_nonzero(is_newest):
+            for i in (is_newest & ~is_cut).nonzero()[0]:
+                set_rows(successor, i, rows(self._newest, index[i] % self.n_envs))
         return successor
 
     def _is_newest(self, index: np.ndarray) -> np.ndarray:

@@ -273,7 +273,7 @@ class DDPG(BaseAlgorithm):
         self.policy.set_training_mode(False)
         action = self.policy.act(obs, deterministic=True)
         if self.action_noise is not None:
-            action = np.clip(action + self.action_noise().reshape(shape), -1, 1)
+            action = (action + self.action_noise().reshape(shape)).clip(-1, 1)
         return action
 
     def _remember(self, obs: np.ndarray, action: np.ndarray, step: Step) -> None:

@@ -24,11 +24,34 @@ from sbac.networks import (
     init_fan_in,
     init_uniform,
 )
+from sbac.part import Part
 from sbac.perceptron import Gradient, Perceptron, Plain, Trace
 from sbac.policies import BasePolicy
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
 from sbac.trees import Tree
+
+
+class _Front:
+    """What observations of an actor or a critic go through before its perceptrons, as it was when it was looked at."""
+
+    def __init__(self) -> None:
+        self._body: nn.Module | None = None
+        self._preprocessor: nn.Module | None = None
+        self._look = Look()
+        self._is_plain = False
+
+    def leaves_as_it_is(self, network: Actor | Critic) -> bool:
+        """Whether the perceptrons read observations as they are, but for the dtype, and nobody looks on at that."""
+        body, preprocessor = network.features_extractor, network.preprocessor
+        if self._body is not body or self._preprocessor is not preprocessor:
+            self._body, self._preprocessor, self._look = body, preprocessor, Look([], [network, body, preprocessor])
+            is_preprocessor_plain = type(preprocessor) is Preprocessor and preprocessor.is_of_vectors
+            self._is_plain = type(body) is FlattenExtractor and is_preprocessor_plain
+        return self._is_plain and preprocessor.normalizer is None and not self._look.is_hooked()
+
+    def __reduce__(self) -> tuple[type[_Front], tuple[()]]:
+        return _Front, ()  # a copy of the network has a front of its own
 
 
 class Actor(Trainable):
@@ -45,6 +68,7 @@ class Actor(Trainable):
     """
 
     preprocessor: Preprocessor
+    features_extractor = Part[BaseFeaturesExtractor]()
 
     def __init__(
         self,
@@ -60,6 +84,7 @@ class Actor(Trainable):
         # Not registered as a part: all networks of a policy have the same one, and its state is the policy's.
         object.__setattr__(self, "preprocessor", preprocessor)
         self.features_extractor = extractor
+        self._front = _Front()
         action_dim = int(np.prod(action_space.shape or ()))
         layers = create_mlp(extractor.features_dim, action_dim, net_arch, activation_fn, layer_norm)
         self.mu = nn.Sequential(*layers, nn.Tanh())
@@ -74,8 +99,8 @@ class Actor(Trainable):
 
     def act(self, obs: Tree) -> np.ndarray | None:
         """mu(s) from array to array, for a few plain observations; None where that is left to `forward`."""
-        is_plain = type(obs) is np.ndarray and type(self) is Actor and _reads_as_it_is(self)
-        return None if not is_plain or is_hooked(self) else self._mu.act(obs)
+        is_plain = type(obs) is np.ndarray and type(self) is Actor and self._front.leaves_as_it_is(self)
+        return self._mu.act(obs) if is_plain else None
 
     def evaluate(self, obs: Tree) -> tuple[Tensor, Callable[[Tensor], None]]:
         """mu(s), (B, action_dim), and the way back: a function of the gradient of a loss with respect to it."""
@@ -219,6 +244,7 @@ class Critic(Trainable):
     """
 
     preprocessor: Preprocessor
+    features_extractor = Part[BaseFeaturesExtractor]()
 
     def __init__(
         self, preprocessor: Preprocessor, extractor: BaseFeaturesExtractor, q_networks: Sequence[QNetwork]
@@ -227,6 +253,7 @@ class Critic(Trainable):
         # Not registered as a part: all networks of a policy have the same one, and its state is the policy's.
         object.__setattr__(self, "preprocessor", preprocessor)
         self.features_extractor = extractor
+        self._front = _Front()
         self.q_networks = nn.ModuleList(q_networks)
         self._ways = _Ways()
 
@@ -250,8 +277,8 @@ class Critic(Trainable):
             if traces[0].q.dim() == 2:
                 traces[0].back(gradient, self._in_place)
             else:
-                for trace, own in zip(traces, gradient, strict=True):
-                    trace.back(own, self._in_place)
+                for k, trace in enumerate(traces):
+                    trace.back(gradient[k], self._in_place)
 
         return _q_of(traces), back
 
@@ -293,7 +320,10 @@ class Critic(Trainable):
 
 def _q_of(traces: Sequence[QTrace]) -> Tensor:
     """(n_critics, B)."""
-    return traces[0].q if traces[0].q.dim() == 2 else torch.stack([trace.q for trace in traces])
+    first = traces[0].q
+    if len(traces) > 1:
+        return torch.stack([trace.q for trace in traces])
+    return first if first.dim() == 2 else first.unsqueeze(0)
 
 
 def _features(network: Actor | Critic, obs: Tree) -> Tensor:
@@ -302,19 +332,9 @@ def _features(network: Actor | Critic, obs: Tree) -> Tensor:
     return network.features_extractor(network.preprocessor(obs)) if features is None else features
 
 
-def _reads_as_it_is(network: Actor | Critic) -> bool:
-    """Whether the perceptrons of a network read observations as they are, but for the dtype."""
-    parts: Any = network._modules
-    body, preprocessor = parts["features_extractor"], network.preprocessor
-    # As `Preprocessor.is_identity`, without a way through another file at each update.
-    is_identity = preprocessor.is_of_vectors and preprocessor.normalizer is None and type(preprocessor) is Preprocessor
-    is_flat = type(body) is FlattenExtractor and is_identity
-    return is_flat and not is_hooked(body) and not is_hooked(preprocessor)
-
-
 def _features_without_learning(network: Actor | Critic, obs: Tree) -> Tensor | None:
     """As `_features`, where the body has nothing to learn; else None."""
-    if _reads_as_it_is(network) and obs.dtype is torch.float32:
+    if network._front.leaves_as_it_is(network) and obs.dtype is torch.float32:
         return obs
     if not has_nothing_to_learn(network.features_extractor):
         return None
@@ -346,6 +366,9 @@ class DeterministicActorCritic(BasePolicy):
         normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
         normalizer_kwargs: Further arguments of the `Normalizer`: ``clip_obs``, ``clip_reward``, ``epsilon``, ``keys``.
     """
+
+    actor, actor_target = Part[Actor](), Part[Actor]()
+    critic, critic_target = Part[Critic](), Part[Critic]()
 
     def __init__(
         self,
@@ -420,8 +443,7 @@ class DeterministicActorCritic(BasePolicy):
 
     def act(self, obs: Tree, deterministic: bool, generator: torch.Generator | None = None) -> np.ndarray:
         """mu(s) for observations (n, *obs_shape): (n, *action_shape). There is nothing to draw."""
-        parts: Any = self._modules  # found sooner than as attributes, which counts for a single observation
-        action = parts["actor"].act(obs)
+        action = self.actor.act(obs)
         if action is None:
             with torch.no_grad():
                 action = self.actor(obs_to_tensor(obs, self.device)).cpu().numpy()
@@ -433,9 +455,8 @@ class DeterministicActorCritic(BasePolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """As `nn.Module.train`, for actor and critic; targets always evaluate."""
-        parts: Any = self._modules
-        parts["actor"].set_training_mode(mode)
-        parts["critic"].set_training_mode(mode)
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
 
 
 class CnnDeterministicActorCritic(DeterministicActorCritic):

@@ -60,7 +60,7 @@ class Layer(NamedTuple):
     bias: Tensor  # (n_out,)
     weight_array: np.ndarray
     weight_array_t: np.ndarray  # (n_in, n_out)
-    bias_array: np.ndarray
+    bias_array: np.ndarray  # (1, n_out), which is added to a single row sooner
     weight_id: int  # of the module's parameter
     bias_id: int
     activation: str | None = None  # "relu", "tanh", or None
@@ -193,6 +193,7 @@ class Trace:
         return gradient if is_input_asked else None
 
 
+_ZERO = np.zeros((), np.float32)
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 
@@ -205,7 +206,7 @@ def _plain_layers(modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> l
     for module in modules:
         if type(module) is nn.Linear and is_usual(module.weight) and is_usual(module.bias):
             weight, bias = module.weight.detach(), module.bias.detach()
-            arrays = weight.numpy(), weight.numpy().T, bias.numpy()
+            arrays = weight.numpy(), weight.numpy().T, bias.numpy()[None]
             layers.append(Layer(weight, weight.t(), bias, *arrays, id(module.weight), id(module.bias)))
         elif type(module) in _ACTIVATIONS and layers and layers[-1].activation is None:
             layers[-1] = layers[-1]._replace(activation=_ACTIVATIONS[type(module)])
@@ -227,7 +228,7 @@ def _forward_arrays(layers: Sequence[Layer], x: np.ndarray) -> list[np.ndarray]:
             x = x.dot(layer.weight_array_t)  # of small matrices, sooner than matmul, which gives the same
             x += layer.bias_array
             if layer.activation == "relu":
-                np.maximum(x, 0, out=x)
+                np.maximum(x, _ZERO, out=x)
             elif layer.activation == "tanh":
                 np.tanh(x, out=x)
             kept.append(x)

@@ -24,6 +24,7 @@ from sbac.look import is_hooked
 from sbac.networks import NatureCNN, create_mlp, has_nothing_to_learn, init_orthogonal
 from sbac.normalization import Normalizer, make_normalizer
 from sbac.observations import MASK, as_batch, split_mask
+from sbac.part import Part
 from sbac.perceptron import Perceptron
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
@@ -41,7 +42,7 @@ class BasePolicy(nn.Module, ABC):
         codec: From the policy's actions to the environment's.
     """
 
-    preprocessor: Preprocessor
+    preprocessor = Part[Preprocessor]()
 
     def _set_spaces(
         self,
@@ -167,8 +168,7 @@ class BasePolicy(nn.Module, ABC):
         obs, single = as_batch(observation, self.observation_space)
         self.set_training_mode(False)
         action, state = self.act_with_state(obs, state, episode_start, deterministic, self._predict_generator)
-        native = self.codec.to_env(action)
-        return (rows(native, 0) if single else native), state
+        return self.codec.to_env(rows(action, 0) if single else action), state
 
     def obs_to_tensor(self, observation: Any) -> tuple[Tree, bool]:
         """Observations as the networks take them.

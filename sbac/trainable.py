@@ -425,7 +425,7 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
     if not state:
         state.update(initial_state(optimizer))
     gradient, values = parameter.grad, parameter.detach()
-    state["step"] += 1
+    state["step"].add_(_ONE)
     if kind is torch.optim.RMSprop:
         if group["weight_decay"]:
             gradient = gradient.add(values, alpha=group["weight_decay"])
@@ -450,6 +450,7 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+_ONE = torch.ones(())  # added sooner than a number, of which torch first makes a tensor
 _ALSO_UNUSUAL = ("maximize", "foreach", "capturable", "differentiable")
 _UNUSUAL: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.RMSprop: ("momentum", "centered", *_ALSO_UNUSUAL),

@@ -733,9 +733,9 @@ def test_one_step_and_update_are_read_in_few_files(cls):
     mathematics = files_touched(update, "sbac")
     everything = files_touched(step_and_update, "sbac")
     print(f"one {name} update:", *sorted(mathematics), "| with its step, also:", *sorted(everything - mathematics))
-    # What is there for speed alone, and changes no number beyond rounding: whether modules are still plain, and several
-    # critics at once.
-    speed = {"look.py", "ensemble.py"} if cls is TD3 else {"look.py"}
+    # What is there for speed alone, and changes no number beyond rounding: where parts of modules are, whether these
+    # are still plain, and several critics at once.
+    speed = {"part.py", "look.py", "ensemble.py"} if cls is TD3 else {"part.py", "look.py"}
     assert speed <= mathematics
     mathematics -= speed
     # The algorithm itself; base: present values of schedules; deterministic, perceptron: mu, Q and the way back from
