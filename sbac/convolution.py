@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sbac.look import Look, is_watched
-from sbac.perceptron import Gradient, Trace, is_usual, through_activation
+from sbac.perceptron import ALL, Gradient, Trace, is_usual, through_activation
 
 
 class Convolution(NamedTuple):
@@ -130,7 +130,7 @@ class Chain:
 
     def back(self, gradient: Tensor, into: Mapping[int, Gradient]) -> None:
         """Add to the gradients of the parameters, from that of a loss with respect to `output`, (B, n_out)."""
-        of_flat = self._above.back(gradient, into, is_input_asked=True)
+        of_flat = self._above.back(gradient, into, ALL)
         assert of_flat is not None
         self._below.back(of_flat, into)
 

@@ -177,15 +177,16 @@ class QTrace:
 
     def back(self, gradient: Tensor, into: Mapping[int, Gradient]) -> None:
         """Add to the gradients of the parameters, from that of a loss with respect to `q`."""
-        of_joined = self._above.back(gradient.unsqueeze(-1), into, self._below is not None)
-        if self._below is not None and of_joined is not None:
-            self._below.back(of_joined[..., : -self._action_dim], into)
+        of_state = None if self._below is None else slice(None, -self._action_dim)
+        of_features = self._above.back(gradient.unsqueeze(-1), into, of_state)
+        if self._below is not None and of_features is not None:
+            self._below.back(of_features, into)
 
     def action_gradient(self) -> Tensor:
         """dQ/da, (B, action_dim)."""
-        of_joined = self._above.back(torch.ones_like(self.q).unsqueeze(-1), {}, is_input_asked=True)
-        assert of_joined is not None
-        return of_joined[..., -self._action_dim :]
+        of_action = self._above.back(torch.ones_like(self.q).unsqueeze(-1), {}, slice(-self._action_dim, None))
+        assert of_action is not None
+        return of_action
 
 
 class _Way(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbac.perceptron import Gradient, Layer, activate_, backward, through_activation, times
+from sbac.perceptron import Gradient, Layer, activate_, add_product, backward, through_activation, times
 
 MANY = 2**24
 """Multiplications in the largest layer of each perceptron up to which the way back pays to be taken together.
@@ -103,25 +103,27 @@ class EnsembleTrace:
         self._ensemble, self._members, self._layers, self._kept = ensemble, members, layers, kept
         self.output = kept[-1]
 
-    def back(self, gradient: Tensor, into: Mapping[int, Gradient], is_input_asked: bool = False) -> Tensor | None:
+    def back(self, gradient: Tensor, into: Mapping[int, Gradient], asked: slice | None = None) -> Tensor | None:
         """As `Trace.back`, of (M, B, n_out) and to (M, B, n_in)."""
         gradients = self._ensemble.gradients(into)
         if not gradients or self.output.shape[1] * self._ensemble.n_weights > MANY:
             inputs = []
             for k, layers in enumerate(self._members):
-                inputs.append(backward(layers, [kept[k] for kept in self._kept], gradient[k], into, is_input_asked))
-            return torch.stack(inputs) if is_input_asked else None
+                inputs.append(backward(layers, [kept[k] for kept in self._kept], gradient[k], into, asked))
+            return None if asked is None else torch.stack(inputs)
         for k in range(len(self._layers) - 1, -1, -1):
             layer = self._layers[k]
             is_own = k < len(self._layers) - 1
             gradient = through_activation(layer.activation, gradient, self._kept[k + 1], in_place=is_own)
             of_weight, of_bias, each = gradients[k]
             beta = max([one.beta() for one in each])
-            of_weight.baddbmm_(gradient.transpose(1, 2), self._kept[k], beta=beta)
+            add_product(of_weight, beta, gradient, self._kept[k])
             of_bias.add_(gradient.sum(1))
-            if k > 0 or is_input_asked:
+            if k > 0:
                 gradient = times(gradient, layer.weight)
-        return gradient if is_input_asked else None
+            elif asked is not None:
+                gradient = times(gradient, layer.weight[..., asked])
+        return None if asked is None else gradient
 
 
 def _stack_layers(members: Sequence[Sequence[Layer]]) -> list[_Layers]:

@@ -29,6 +29,12 @@ FEW_OUTPUTS = 2**12
 NumPy goes over them more often than torch: for zeros before the product, the bias and the activation.
 """
 
+FEW_COLUMNS = 24
+"""Columns of a product up to which its transpose may be there sooner: BLAS is slow at matrices of few columns."""
+
+ALL = slice(None)
+"""Every input."""
+
 
 class Gradient:
     """Where a parameter's gradient is added up: one memory, seen twice.
@@ -177,20 +183,20 @@ class Trace:
         join: Any = np.concatenate if parts[0]._is_few else torch.cat
         return Trace(parts[0]._layers, [join(kept) for kept in zip(*(part._kept for part in parts), strict=True)])
 
-    def back(self, gradient: Tensor, into: Mapping[int, Gradient], is_input_asked: bool = False) -> Tensor | None:
+    def back(self, gradient: Tensor, into: Mapping[int, Gradient], asked: slice | None = None) -> Tensor | None:
         """Add to the gradients of the parameters.
 
         Args:
             gradient: Of the loss with respect to the output, (B, n_out).
             into: Where to add, by the ids of the parameters. Others are left out.
-            is_input_asked: Whether to return the gradient with respect to the input, (B, n_in).
+            asked: With respect to which inputs the gradient is to be returned, (B, n); None for none.
         """
         if self._is_few:
             with np.errstate(all="ignore"):
-                array = _backward_arrays(self._layers, self._kept, gradient.numpy(), into, is_input_asked)
-            return torch.from_numpy(array) if is_input_asked else None
-        gradient = backward(self._layers, self._kept, gradient, into, is_input_asked)
-        return gradient if is_input_asked else None
+                array = _backward_arrays(self._layers, self._kept, gradient.numpy(), into, asked)
+            return None if asked is None else torch.from_numpy(array)
+        gradient = backward(self._layers, self._kept, gradient, into, asked)
+        return None if asked is None else gradient
 
 
 _ZERO = np.zeros((), np.float32)
@@ -256,9 +262,9 @@ def _backward_arrays(
     kept: Sequence[np.ndarray],
     gradient: np.ndarray,
     into: Mapping[int, Gradient],
-    is_input_asked: bool,
+    asked: slice | None,
 ) -> np.ndarray:
-    """Add to the gradients of those parameters that are in `into`; returns that of the input, if it is asked for."""
+    """Add to the gradients of those parameters that are in `into`; returns that of the inputs that are asked for."""
     for k in range(len(layers) - 1, -1, -1):
         layer, below, above = layers[k], kept[k], kept[k + 1]
         if layer.activation == "relu":
@@ -273,8 +279,10 @@ def _backward_arrays(
             weight.array.__iadd__(gradient.T.dot(below))
         if bias is not None and bias.array is not None:
             bias.array.__iadd__(gradient.sum(0))
-        if k > 0 or is_input_asked:
+        if k > 0:
             gradient = gradient.dot(layer.weight_array)
+        elif asked is not None:
+            gradient = gradient.dot(layer.weight_array[:, asked])
     return gradient
 
 
@@ -302,7 +310,7 @@ def backward(
     kept: Sequence[Tensor],
     gradient: Tensor,
     into: Mapping[int, Gradient],
-    is_input_asked: bool,
+    asked: slice | None,
 ) -> Tensor:
     """As `_backward_arrays`, by torch."""
     for k in range(len(layers) - 1, -1, -1):
@@ -310,16 +318,44 @@ def backward(
         gradient = through_activation(layer.activation, gradient, above, in_place=k < len(layers) - 1)
         weight, bias = into.get(layer.weight_id), into.get(layer.bias_id)
         if weight is not None:
-            weight.tensor.addmm_(gradient.t(), below, beta=weight.beta())
+            add_product(weight.tensor, weight.beta(), gradient, below)
         if bias is not None:
             bias.tensor.add_(gradient.sum(0))
-        if k > 0 or is_input_asked:
+        if k > 0:
             gradient = times(gradient, layer.weight)
+        elif asked is not None:
+            gradient = times(gradient, layer.weight[:, asked])
     return gradient
 
 
 def times(gradient: Tensor, weight: Tensor) -> Tensor:
-    """(..., B, n_out) times (..., n_out, n_in). For a single output, as a critic has, that takes no matrix product."""
-    if weight.shape[-2] == 1:
+    """(..., B, n_out) times (..., n_out, n_in), as (..., B, n_in)."""
+    n_out, n_in = weight.shape[-2:]
+    if n_out == 1:  # as a critic has; takes no matrix product
         return gradient * weight
-    return gradient.mm(weight) if weight.dim() == 2 else gradient.bmm(weight)
+    if 1 < n_in <= FEW_COLUMNS // 3 and n_out >= 256:
+        return _product(weight.transpose(-1, -2), gradient.transpose(-1, -2)).transpose(-1, -2).contiguous()
+    return _product(gradient, weight)
+
+
+def add_product(place: Tensor, beta: int, gradient: Tensor, below: Tensor) -> None:
+    """Add the gradient of weights, (..., n_out, n_in).
+
+    Args:
+        place: To what it is added.
+        beta: 0 where that counts as zeros, else 1.
+        gradient: With respect to what the layer gave, (..., B, n_out).
+        below: What it read, (..., B, n_in).
+    """
+    n_rows, n_in = below.shape[-2:]
+    if n_in <= min(n_rows // 8, FEW_COLUMNS):
+        product = _product(below.transpose(-1, -2), gradient).transpose(-1, -2)
+        (place.add_ if beta else place.copy_)(product)
+    elif place.dim() == 2:
+        place.addmm_(gradient.t(), below, beta=beta)
+    else:
+        place.baddbmm_(gradient.transpose(1, 2), below, beta=beta)
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    return one.mm(other) if one.dim() == 2 else one.bmm(other)

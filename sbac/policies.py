@@ -25,7 +25,7 @@ from sbac.networks import NatureCNN, create_mlp, has_nothing_to_learn, init_orth
 from sbac.normalization import Normalizer, make_normalizer
 from sbac.observations import MASK, as_batch, split_mask
 from sbac.part import Part
-from sbac.perceptron import Perceptron
+from sbac.perceptron import ALL, Perceptron
 from sbac.preprocessing import Preprocessor, obs_to_tensor
 from sbac.trainable import Trainable
 from sbac.trees import Tree, leaves, rows, space_tree
@@ -353,9 +353,10 @@ class StochasticActorCritic(Trainable, BasePolicy):
         if pi is None or v is None:
             return None
         action, distribution = self.family.flat(batch.action), self._distribution(pi.output, mask)
+        asked = None if chain is None else ALL
 
         def back(of_value: Tensor, of_log_prob: Tensor, of_entropy: Tensor) -> None:
-            of_features = v.back(of_value.unsqueeze(-1), self._in_place, chain is not None)
+            of_features = v.back(of_value.unsqueeze(-1), self._in_place, asked)
             slopes = distribution.slopes(action, of_log_prob, of_entropy)
             if slopes is None:
                 leaf = pi.output.detach().requires_grad_()
@@ -370,7 +371,7 @@ class StochasticActorCritic(Trainable, BasePolicy):
                 if of_log_std is not None and id(self.log_std) in self._in_place:
                     self._in_place[id(self.log_std)].tensor.add_(of_log_std)
             assert of_parameters is not None
-            also_of_features = pi.back(of_parameters, self._in_place, chain is not None)
+            also_of_features = pi.back(of_parameters, self._in_place, asked)
             if chain is not None and of_features is not None and also_of_features is not None:
                 chain.back(of_features + also_of_features, self._in_place)
 

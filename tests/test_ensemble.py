@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sbac.ensemble
 from sbac import DDPG, TD3
 from sbac.ensemble import Ensemble, EnsembleTrace
-from sbac.perceptron import Gradient, Perceptron
+from sbac.perceptron import ALL, Gradient, Perceptron
 
 
 class Nets(nn.Module):
@@ -68,9 +68,11 @@ def test_both_ways_through_give_what_autograd_gives(
         if place.tensor.dim() == 2:
             place.tensor.fill_(torch.nan)  # not read where it is said to be 0
             place.is_zero = True
-    of_input = trace.back(slope, nets.into, is_input_asked=True)
+    of_input = trace.back(slope, nets.into, ALL)
     torch.testing.assert_close(of_input, each.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(nets.gradient, of_parameters, rtol=1e-5, atol=1e-5)
+    of_some = trace.back(slope, {}, slice(-3, None))
+    torch.testing.assert_close(of_some, each.grad[..., -3:], rtol=1e-5, atol=1e-6)
     assert trace.back(slope, nets.into) is None  # adds
     torch.testing.assert_close(nets.gradient, 2 * of_parameters, rtol=1e-5, atol=1e-5)
 
@@ -87,7 +89,7 @@ def test_what_is_left_out_gets_no_gradient_and_the_others_theirs(left_out: list[
     ensemble = nets.ensemble()
     assert ensemble is not None
     trace = ensemble.trace(x)
-    of_input = trace.back(slope, into, is_input_asked=True)
+    of_input = trace.back(slope, into, ALL)
     each = x.expand(2, 128, 4).clone().requires_grad_()
     torch.stack([net(own) for net, own in zip(whole.nets, each, strict=True)]).backward(slope)
     torch.testing.assert_close(of_input, each.grad, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ from sbac.buffers import RolloutBatch
 from sbac.deterministic import DeterministicActorCritic
 from sbac.envs import Spaces
 from sbac.normalization import Normalizer
-from sbac.perceptron import FEW, FEW_OUTPUTS, Gradient, Perceptron
+from sbac.perceptron import ALL, FEW, FEW_COLUMNS, FEW_OUTPUTS, Gradient, Perceptron, add_product, times
 from sbac.policies import StochasticActorCritic
 from sbac.preprocessing import Preprocessor
 
@@ -59,7 +59,7 @@ def test_both_ways_through_give_the_same(n_rows: int, activation: type[nn.Module
     trace, into = net.way.trace(x), places(net)
     assert trace is not None and not trace.output.requires_grad
     torch.testing.assert_close(trace.output, expected.detach(), rtol=1e-6, atol=1e-6)
-    of_input = trace.back(slope, into, is_input_asked=True)
+    of_input = trace.back(slope, into, ALL)
     torch.testing.assert_close(of_input, x.grad, rtol=1e-5, atol=1e-6)
     for parameter in net.parameters():
         torch.testing.assert_close(into[id(parameter)].tensor, parameter.grad, rtol=1e-5, atol=1e-5)
@@ -81,6 +81,38 @@ def test_many_outputs_of_few_inputs_are_not_for_numpy(n_rows: int) -> None:
     trace = way.trace(x)
     assert trace is not None and trace._is_few is (n_rows * 64 <= FEW_OUTPUTS)
     torch.testing.assert_close(trace.output, owner["net"](x).detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_rows", [8, 128])
+@pytest.mark.parametrize("asked", [slice(None, -1), slice(-1, None), slice(1, 2)])
+def test_gradients_of_some_inputs_are_those_among_all(n_rows: int, asked: slice) -> None:
+    torch.manual_seed(n_rows)
+    net, x, slope = Net(), torch.randn(n_rows, 3), torch.randn(n_rows, 2)
+    trace = net.way.trace(x)
+    assert trace is not None
+    of_all, of_some = trace.back(slope, {}, ALL), trace.back(slope, {}, asked)
+    assert of_all is not None and of_some is not None and of_some.is_contiguous()
+    torch.testing.assert_close(of_some, of_all[:, asked], rtol=1e-6, atol=1e-6)
+
+
+# Of few columns and of many, of layers that are wide and narrow: on both sides of where the way turns.
+@pytest.mark.parametrize("n_in", [1, 2, FEW_COLUMNS // 3, FEW_COLUMNS // 3 + 1, FEW_COLUMNS, FEW_COLUMNS + 1])
+@pytest.mark.parametrize("n_out", [1, 2, 255, 256])
+@pytest.mark.parametrize("several", [(), (2,)])
+@pytest.mark.parametrize("n_rows", [8, 256])
+def test_products_are_the_same_either_way_round(n_in: int, n_out: int, several: tuple[int, ...], n_rows: int) -> None:
+    torch.manual_seed(n_in)
+    gradient, weight = torch.randn(*several, n_rows, n_out), torch.randn(*several, n_out, n_in)
+    below = torch.randn(*several, n_rows, n_in)
+    found = times(gradient, weight)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, gradient @ weight, rtol=1e-5, atol=1e-4)
+    place = torch.full((*several, n_out, n_in), torch.nan)
+    add_product(place, 0, gradient, below)
+    expected = torch.einsum("...bo,...bi->...oi", gradient, below)
+    torch.testing.assert_close(place, expected, rtol=1e-5, atol=1e-4)
+    add_product(place, 1, gradient, below)
+    torch.testing.assert_close(place, 2 * expected, rtol=1e-5, atol=2e-4)
 
 
 class Tied(nn.Module):
