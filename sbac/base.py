@@ -31,6 +31,7 @@ from sbac.envs import (
 )
 from sbac.guards import nearest, require_flag, require_whole
 from sbac.logged import Logged
+from sbac.memory import keep_freed_memory
 from sbac.networks import describe
 from sbac.observations import as_batch
 from sbac.resume import folders_held, resume_run
@@ -84,6 +85,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         device: torch.device | str,
         n_threads: int | None = None,
     ) -> None:
+        keep_freed_memory()
         super().__init__(stats_window_size, tensorboard_log, verbose)
         self._policy_argument = policy
         if policy != "auto":
