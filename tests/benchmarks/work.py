@@ -204,6 +204,11 @@ def floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) 
         return _rate(update, int(200 * share))
 
     def products(share: float) -> float:
+        from sbac.memory import keep_freed_memory
+        from sbac.perceptron import FEW_COLUMNS, times
+
+        keep_freed_memory()  # as a model does: what is measured are products, not pages
+
         def network(n_in: int, n_out: int) -> list[torch.Tensor]:
             sizes = zip((n_in, *net_arch), (*net_arch, n_out), strict=True)
             return [torch.randn(above, below) / below**0.5 for below, above in sizes]
@@ -214,13 +219,17 @@ def floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) 
                 kept.append(kept[-1].mm(w.t()))
             return kept
 
-        def backward(weights: list[torch.Tensor], kept: list[torch.Tensor], learns: bool, to_input: bool) -> None:
+        def backward(weights: list[torch.Tensor], kept: list[torch.Tensor], learns: bool, to_action: bool) -> None:
             gradient = kept[-1]
             for k in range(len(weights) - 1, -1, -1):
-                if learns:
+                if learns and kept[k].shape[1] <= FEW_COLUMNS:  # whichever way round is sooner
+                    kept[k].t().mm(gradient)
+                elif learns:
                     gradient.t().mm(kept[k])
-                if k > 0 or to_input:
-                    gradient = gradient.mm(weights[k])
+                if k > 0:
+                    gradient = times(gradient, weights[k])
+                elif to_action:
+                    times(gradient, weights[k][:, -action_dim:])
 
         # Each network has weights of its own, as in an update, which has to fetch them all.
         obs, joined = torch.randn(batch, obs_dim), torch.randn(batch, obs_dim + action_dim)
@@ -233,10 +242,10 @@ def floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) 
                 for weights in critic_targets:
                     forward(weights, joined)
                 for weights in (critic, other_critic):
-                    backward(weights, forward(weights, joined), learns=True, to_input=False)
+                    backward(weights, forward(weights, joined), learns=True, to_action=False)
                 if k % 2:
-                    backward(critic, forward(critic, joined), learns=False, to_input=True)
-                    backward(actor, forward(actor, obs), learns=True, to_input=False)
+                    backward(critic, forward(critic, joined), learns=False, to_action=True)
+                    backward(actor, forward(actor, obs), learns=True, to_action=False)
 
         update(20)
         return _rate(update, int(200 * share))
