@@ -333,7 +333,7 @@ def times(gradient: Tensor, weight: Tensor) -> Tensor:
     n_out, n_in = weight.shape[-2:]
     if n_out == 1:  # as a critic has; takes no matrix product
         return gradient * weight
-    if 1 < n_in <= FEW_COLUMNS // 3 and n_out >= 256:
+    if 1 < n_in <= FEW_COLUMNS // 3 and n_out >= 256:  # else, to be laid out in order, the transpose is no sooner
         return _product(weight.transpose(-1, -2), gradient.transpose(-1, -2)).transpose(-1, -2).contiguous()
     return _product(gradient, weight)
 
