@@ -7,6 +7,7 @@ handling each. Laid flat, each of these is one operation on one tensor.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -195,12 +196,18 @@ class Trainable(nn.Module):
             **defaults: Arguments that `optimizer_kwargs` may override.
 
         Raises:
-            ValueError: No class of an optimizer, or arguments that it does not have or does not take.
+            ValueError: No class of an optimizer, one that needs a closure, or arguments that it does not take.
         """
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise ValueError(
                 "optimizer_class (an argument, or in policy_kwargs) must be a subclass of torch.optim.Optimizer, such "
                 f"as torch.optim.Adam, not {optimizer_class!r}"
+            )
+        closure = inspect.signature(optimizer_class.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"optimizer_class: {optimizer_class.__name__} computes the loss again within a step, for which it "
+                "gets no function; choose one that steps along a gradient, such as torch.optim.Adam"
             )
         if not (optimizer_kwargs is None or isinstance(optimizer_kwargs, Mapping)):
             raise ValueError(
@@ -419,7 +426,11 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
     parameter = group["params"][0]
     is_usual = unusual is not None and not any(map(group.get, unusual)) and group.get("fused", True)
     if not is_usual or parameter.device.type != "cpu" or _is_watched(optimizer):
+        memory = parameter.detach()
         optimizer.step()
+        if parameter.data_ptr() != memory.data_ptr():  # as of optimizers that write `p.data = p.data - ...`
+            memory.copy_(parameter.detach())
+            parameter.data = memory
         return
     state = optimizer.state[parameter]
     if not state:

@@ -92,6 +92,19 @@ def test_parameters_of_two_dtypes_are_refused() -> None:
         net.flatten()
 
 
+class NewTensors(torch.optim.Optimizer):
+    """Gradient descent as some write it: with a new tensor at each step."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in filter(lambda parameter: parameter.grad is not None, group["params"]):
+                parameter.data = parameter.data - group["lr"] * parameter.grad
+        return closure
+
+
 # Steps.
 
 OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
@@ -100,6 +113,7 @@ OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.AdamW, {"weight_decay": 0.1}),
     (torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-5}),
     (torch.optim.SGD, {"momentum": 0.9}),
+    (NewTensors, {}),
 ]
 
 
@@ -496,6 +510,11 @@ def test_large_weights_are_finite() -> None:
 def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"optimizer_class .* must be a subclass of torch.optim.Optimizer, .*, not "):
         flat_net().set_optimizer(wrong, 0.1)
+
+
+def test_an_optimizer_that_needs_the_loss_again_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer_class: LBFGS computes the loss again within a step, .*\.Adam"):
+        flat_net().set_optimizer(torch.optim.LBFGS, 0.1)
 
 
 @pytest.mark.parametrize(
