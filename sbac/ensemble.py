@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbac.perceptron import Gradient, Layer, activate_, add_product, backward, through_activation, times
+from sbac.perceptron import Gradient, Layer, activate_, add_product, add_sum, backward, through_activation, times
 
 MANY = 2**24
 """Multiplications in the largest layer of each perceptron up to which the way back pays to be taken together.
@@ -37,6 +37,7 @@ class _Gradients(NamedTuple):
     weight: Tensor  # (M, n_out, n_in)
     bias: Tensor  # (M, n_out)
     of_weights: Sequence[Gradient]  # the same as `weight`, one by one
+    of_biases: Sequence[Gradient]
 
 
 class Ensemble:
@@ -115,10 +116,9 @@ class EnsembleTrace:
             layer = self._layers[k]
             is_own = k < len(self._layers) - 1
             gradient = through_activation(layer.activation, gradient, self._kept[k + 1], in_place=is_own)
-            of_weight, of_bias, each = gradients[k]
-            beta = max([one.beta() for one in each])
-            add_product(of_weight, beta, gradient, self._kept[k])
-            of_bias.add_(gradient.sum(1))
+            of_weight, of_bias, of_weights, of_biases = gradients[k]
+            add_product(of_weight, max([one.beta() for one in of_weights]), gradient, self._kept[k])
+            add_sum(of_bias, max([one.beta() for one in of_biases]), gradient)
             if k > 0:
                 gradient = times(gradient, layer.weight)
             elif asked is not None:
@@ -142,14 +142,14 @@ def _stack_layers(members: Sequence[Sequence[Layer]]) -> list[_Layers]:
 def _stack_gradients(members: Sequence[Sequence[Layer]], into: Mapping[int, Gradient]) -> list[_Gradients]:
     stacked: list[_Gradients] = []
     for layers in zip(*members, strict=True):
-        pair = []
-        for ids in ([layer.weight_id for layer in layers], [layer.bias_id for layer in layers]):
-            gradients = [into[i].tensor for i in ids if i in into]
-            pair.append(_stack(gradients) if len(gradients) == len(ids) else None)
-        weight, bias = pair
+        of_weights = [into[layer.weight_id] for layer in layers if layer.weight_id in into]
+        of_biases = [into[layer.bias_id] for layer in layers if layer.bias_id in into]
+        if not len(of_weights) == len(of_biases) == len(layers):
+            return []
+        weight, bias = _stack([one.tensor for one in of_weights]), _stack([one.tensor for one in of_biases])
         if weight is None or bias is None:
             return []
-        stacked.append(_Gradients(weight, bias, [into[layer.weight_id] for layer in layers]))
+        stacked.append(_Gradients(weight, bias, of_weights, of_biases))
     return stacked
 
 

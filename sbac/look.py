@@ -6,8 +6,8 @@ Where operations are written out instead of going through modules and autograd, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, repeat
-from operator import contains, is_
+from itertools import repeat
+from operator import attrgetter, contains
 from typing import Any
 
 import torch
@@ -29,21 +29,25 @@ class Look:
     def __init__(self, modules: Sequence[nn.Module] = (), calls: Sequence[nn.Module] | None = None) -> None:
         called = modules if calls is None else calls
         self._holders = [holder for module in modules for holder in (module._modules, module._parameters) if holder]
-        self._held = self._now()
-        self.parameters = [part for part in self._held if isinstance(part, Tensor)]
-        self._addresses = [*map(Tensor.data_ptr, self.parameters)]
+        self._held = [dict(holder) for holder in self._holders]
+        parts = [(holder, *item) for holder in self._holders for item in holder.items()]
+        self.parameters = [part for _, _, part in parts if isinstance(part, Tensor)]
+        self._numbers = [place for place in parts if isinstance(place[2], Tensor) and place[2].numel() == 1]
+        self._addresses = addresses(self.parameters)
         self._hooks = [hooks for module in called for hooks in _hooks(module)]
         self._attributes = [module.__dict__ for module in called]
 
     def is_still_so(self) -> bool:
         """Whether the modules hold the same parts and parameters, in the same memory; not if nobody has looked yet."""
-        now = self._now()
-        if not now or len(now) != len(self._held) or not all(map(is_, now, self._held)):
+        try:
+            # Python asks for equality only what is not the same object, and two tensors then have no single answer.
+            if not self._held or self._holders != self._held:
+                return False
+        except (RuntimeError, TypeError):
             return False
-        return [*map(Tensor.data_ptr, self.parameters)] == self._addresses
-
-    def _now(self) -> list[Any]:
-        return [*chain.from_iterable(map(_values, self._holders))]
+        if not all(holder[name] is number for holder, name, number in self._numbers):  # which do have one
+            return False
+        return addresses(self.parameters) == self._addresses
 
     def is_hooked(self) -> bool:
         """Whether somebody hooked into one of the modules, or gave it another `forward`."""
@@ -51,10 +55,19 @@ class Look:
 
     def has_hooks_of_gradients(self) -> bool:
         """Whether somebody is to be told of a parameter's gradient."""
-        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
+        return any(map(_hooks_before, self.parameters)) or any(map(_hooks_after, self.parameters))
 
 
-_values = dict[str, Any].values
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the memory of each begins."""
+    return [*map(_address, tensors)]
+
+
+_address, _hooks_before, _hooks_after = (
+    Tensor.data_ptr,
+    attrgetter("_backward_hooks"),
+    attrgetter("_post_accumulate_grad_hooks"),
+)
 
 
 def is_hooked(module: nn.Module) -> bool:

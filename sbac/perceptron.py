@@ -278,6 +278,7 @@ def _backward_arrays(
             weight.is_zero = False
             weight.array.__iadd__(gradient.T.dot(below))
         if bias is not None and bias.array is not None:
+            bias.is_zero = False
             bias.array.__iadd__(gradient.sum(0))
         if k > 0:
             gradient = gradient.dot(layer.weight_array)
@@ -320,7 +321,7 @@ def backward(
         if weight is not None:
             add_product(weight.tensor, weight.beta(), gradient, below)
         if bias is not None:
-            bias.tensor.add_(gradient.sum(0))
+            add_sum(bias.tensor, bias.beta(), gradient)
         if k > 0:
             gradient = times(gradient, layer.weight)
         elif asked is not None:
@@ -355,6 +356,14 @@ def add_product(place: Tensor, beta: int, gradient: Tensor, below: Tensor) -> No
         place.addmm_(gradient.t(), below, beta=beta)
     else:
         place.baddbmm_(gradient.transpose(1, 2), below, beta=beta)
+
+
+def add_sum(place: Tensor, beta: int, gradient: Tensor) -> None:
+    """Add the gradient of biases, (..., n_out); the arguments are those of `add_product`."""
+    if beta:
+        place.add_(gradient.sum(-2))
+    else:
+        torch.sum(gradient, -2, out=place)
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:

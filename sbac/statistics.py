@@ -170,4 +170,11 @@ def _mean(value: Tensor) -> Tensor | float:
     """The mean, which stays on its device; on the CPU it is a number, sooner than torch's."""
     if not (value.is_cpu and value.numel()):
         return value.detach().mean()
-    return value.sum(dtype=torch.float64).item() / value.numel() if value.ndim else value.item()
+    if not value.ndim:
+        return value.item()
+    if value.dtype not in _AS_ARRAYS:
+        return value.sum(dtype=torch.float64).item() / value.numel()
+    return float(np.add.reduce(value.detach().numpy(), axis=None, dtype=np.float64)) / value.numel()
+
+
+_AS_ARRAYS = (torch.float32, torch.float64)

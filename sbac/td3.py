@@ -341,7 +341,8 @@ class TD3(BaseAlgorithm):
         with torch.no_grad():
             clip = self._now(self.target_noise_clip)
             # Drawn on the CPU, whose generator is the model's own during an update.
-            eps = torch.randn(batch.action.shape).to(self.device) * self._now(self.target_policy_noise)
+            sigma = float(self._now(self.target_policy_noise))
+            eps = torch.normal(0.0, sigma, batch.action.shape).to(self.device)
             next_action = (actor_target(batch.successor) + eps.clamp(-clip, clip)).clamp(-1, 1)  # (B, act_dim)
             next_q = critic_target(batch.successor, next_action).amin(0)  # (B,)
             target = batch.reward + batch.discount * (1 - batch.terminated) * next_q  # (B,)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sbac.guards import NotFiniteError
+from sbac.look import addresses
 from sbac.optimization import initial_state, without_compiler
 from sbac.perceptron import Gradient
 
@@ -158,7 +159,7 @@ class Trainable(nn.Module):
 
     def _lies_flat(self) -> bool:
         """Whether the leaves still have their values in `flat`."""
-        return [leaf.data_ptr() for leaf in self._leaves] == self._addresses
+        return addresses(self._leaves) == self._addresses
 
     def __getstate__(self) -> dict[str, Any]:
         # Views become tensors of their own in a copy or a pickle: leave out what `_lay` makes anew.

@@ -17,6 +17,7 @@ from sbac import A2C, DDPG, TD3
 from sbac.buffers import RolloutBatch
 from sbac.deterministic import DeterministicActorCritic
 from sbac.envs import Spaces
+from sbac.look import Look
 from sbac.normalization import Normalizer
 from sbac.perceptron import ALL, FEW, FEW_COLUMNS, FEW_OUTPUTS, Gradient, Perceptron, add_product, times
 from sbac.policies import StochasticActorCritic
@@ -246,6 +247,25 @@ def test_weights_that_were_given_other_memory_are_the_ones_that_count() -> None:
     np.testing.assert_allclose(second, net.plainly(x).detach().numpy(), rtol=1e-6, atol=1e-6)
     net.head.weight = nn.Parameter(torch.zeros(2, 64))
     np.testing.assert_allclose(net.way.act(x.numpy()), net.head.bias.detach().numpy()[None].repeat(4, 0), atol=1e-7)
+
+
+@pytest.mark.parametrize("n_out", [1, 2])
+def test_what_stands_in_place_of_a_part_is_noticed_also_where_it_is_equal(n_out: int) -> None:
+    """Of one number, too, which Python would compare by its value."""
+    part = nn.Sequential(nn.Linear(1, n_out), nn.ReLU())
+    linear: Any = part[0]
+    look = Look([part, linear])
+    assert look.is_still_so()
+    for name in ("weight", "bias"):
+        own = linear._parameters[name]
+        for other in (nn.Parameter(own.detach().clone()), nn.Parameter(torch.zeros(3)), None):
+            linear._parameters[name] = other
+            assert not look.is_still_so()
+        linear._parameters[name] = own
+        assert look.is_still_so()
+    part[1] = nn.ReLU()
+    assert not look.is_still_so()
+    assert not Look().is_still_so()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])

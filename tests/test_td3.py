@@ -48,10 +48,15 @@ def fixed_noise(noises: list[Tensor]) -> Iterator[None]:
     """Standard normal numbers are these, in turn, in both libraries."""
     ours, theirs = iter(noises), iter(noises)
 
+    def normal(mean: float, std: float, shape: torch.Size) -> Tensor:
+        noise = next(ours)
+        assert noise.shape == shape
+        return mean + std * noise
+
     def normal_(tensor: Tensor, mean: float = 0, std: float = 1) -> Tensor:
         return tensor.copy_(mean + std * next(theirs))
 
-    with mock.patch.object(torch, "randn", lambda shape: next(ours)), mock.patch.object(Tensor, "normal_", normal_):
+    with mock.patch.object(torch, "normal", normal), mock.patch.object(Tensor, "normal_", normal_):
         yield
 
 
@@ -487,7 +492,7 @@ def test_schedules_of_the_noise_on_target_actions(monkeypatch: pytest.MonkeyPatc
         return forward(obs, action)
 
     monkeypatch.setattr(model.critic_target, "forward", spy)
-    with mock.patch.object(torch, "randn", torch.ones):
+    with mock.patch.object(torch, "normal", lambda mean, std, shape: torch.full(shape, mean + std)):
         model.learn(40)
     assert len(seen) == 32
     for done, actions in seen:
