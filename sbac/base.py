@@ -188,6 +188,9 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(self._network_seed)
             policy: Any = self.policy_class(self.observation_space, self.action_space, self.device, **kwargs)
+        for part in policy.modules():
+            if isinstance(part, Trainable):
+                part.take_additions()
         self._codec = getattr(policy, "codec", self._codec)
         for line in policy.preprocessor.describe_images() if hasattr(policy, "preprocessor") else ():
             self._say(line)
@@ -218,7 +221,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         interval = require_whole("log_interval", log_interval, 1)
         prepared = make_callback(callback, progress_bar)
 
-        with self._alone(), folders_held(prepared):
+        with self._alone(), folders_held(prepared), torch.inference_mode(False), torch.enable_grad():
             self._is_watched = callback is not None or progress_bar
             run = resume_run(self, prepared, resume)
             is_new_run = reset_num_timesteps and run is None
@@ -235,7 +238,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
 
             for part in self.policy.modules():
                 if isinstance(part, Trainable):
-                    part.take_replaced()
+                    part.take_changes()
             self._callback = prepared
             self._deferred.clear()
             prepared.init_callback(self)

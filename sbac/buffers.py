@@ -306,7 +306,6 @@ class ReplayBuffer:
         self.action = np.empty((*shape, action_dim), np.float32)
         self.reward = np.empty(shape, np.float32)
         self.flags = np.zeros(shape, np.uint8)
-        self._ones: dict[int, Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -404,8 +403,6 @@ class ReplayBuffer:
 
     def _batch(self, index: np.ndarray, gamma: float) -> ReplayBatch:
         reward, discount, last = self._span(index, gamma)
-        if len(index) not in self._ones:
-            self._ones[len(index)] = torch.ones(len(index), device=self.device)
         return ReplayBatch(
             obs=self._tensors(self._take(index)),
             action=self._tensor(self.action.reshape(self.buffer_size, -1).take(index, axis=0)),
@@ -413,7 +410,7 @@ class ReplayBuffer:
             discount=self._tensor(discount),
             terminated=self._tensor((self.flags.reshape(-1)[last] & TERMINATED).astype(np.float32)),
             successor=self._tensors(self._successors(last)),
-            weight=self._ones[len(index)],
+            weight=torch.ones(len(index), device=self.device),
             rows=index,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -454,8 +454,15 @@ class DeterministicActorCritic(BasePolicy):
         """mu(s) for a batch of observations: (B, action_dim)."""
         return self.actor(obs)
 
+    def train(self, mode: bool = True) -> Self:
+        """As of `nn.Module`, but for the targets, which always evaluate."""
+        super().train(mode)
+        self.actor_target.eval()
+        self.critic_target.eval()
+        return self
+
     def set_training_mode(self, mode: bool) -> None:
-        """As `nn.Module.train`, for actor and critic; targets always evaluate."""
+        """As `train`, but only for networks with layers to which the mode matters."""
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
 

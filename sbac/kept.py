@@ -21,7 +21,7 @@ class Kept(Generic[T]):
     def __init__(self, is_on: bool = False) -> None:
         self.is_on = is_on
         self._seen: tuple[Tree, T] | None = None  # by the last act
-        self._steps: list[T | None] = []  # the newest ones of the rollout
+        self._steps: list[tuple[Tree, T] | None] = []  # the newest ones of the rollout
         self._sum: float | None = None  # of the weights
 
     def see(self, obs: Tree, found: T, weights: Tensor) -> None:
@@ -35,11 +35,14 @@ class Kept(Generic[T]):
     def note(self, obs: Tree) -> None:
         """Training took a step from these observations."""
         if self.is_on:
-            self._steps.append(self._seen[1] if self._seen is not None and self._seen[0] is obs else None)
+            self._steps.append(self._seen if self._seen is not None and self._seen[0] is obs else None)
             self._seen = None
 
-    def of_steps(self, n_steps: int, weights: Tensor) -> list[T | None]:
-        """For each step of a rollout that ends now: None where nothing is known of it, or nothing is true any more."""
+    def of_steps(self, n_steps: int, weights: Tensor) -> list[tuple[Tree, T] | None]:
+        """For each step of a rollout that ends now, what was seen, and what was found in it.
+
+        None where nothing is known of it, or nothing is true any more.
+        """
         if self._sum is None or len(self._steps) > n_steps or self._sum != float(weights.detach().sum()):
             return [None] * n_steps
         return [None] * (n_steps - len(self._steps)) + self._steps

@@ -28,12 +28,12 @@ class Look:
 
     def __init__(self, modules: Sequence[nn.Module] = (), calls: Sequence[nn.Module] | None = None) -> None:
         called = modules if calls is None else calls
-        self._holders = [holder for module in modules for holder in (module._modules, module._parameters) if holder]
+        self._holders = [holder for module in modules for holder in (module._modules, module._parameters)]
         self._held = [dict(holder) for holder in self._holders]
         parts = [(holder, *item) for holder in self._holders for item in holder.items()]
         self.parameters = [part for _, _, part in parts if isinstance(part, Tensor)]
         self._numbers = [place for place in parts if isinstance(place[2], Tensor) and place[2].numel() == 1]
-        self._addresses = addresses(self.parameters)
+        self._addresses = [*map(_address, self.parameters)]
         self._hooks = [hooks for module in called for hooks in _hooks(module)]
         self._attributes = [module.__dict__ for module in called]
 
@@ -47,7 +47,7 @@ class Look:
             return False
         if not all(holder[name] is number for holder, name, number in self._numbers):  # which do have one
             return False
-        return addresses(self.parameters) == self._addresses
+        return [*map(_address, self.parameters)] == self._addresses
 
     def is_hooked(self) -> bool:
         """Whether somebody hooked into one of the modules, or gave it another `forward`."""
@@ -56,11 +56,6 @@ class Look:
     def has_hooks_of_gradients(self) -> bool:
         """Whether somebody is to be told of a parameter's gradient."""
         return any(map(_hooks_before, self.parameters)) or any(map(_hooks_after, self.parameters))
-
-
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Where the memory of each begins."""
-    return [*map(_address, tensors)]
 
 
 _address, _hooks_before, _hooks_after = (

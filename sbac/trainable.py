@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sbac.guards import NotFiniteError
-from sbac.look import addresses
+from sbac.look import Look
 from sbac.optimization import initial_state, without_compiler
 from sbac.perceptron import Gradient
 
@@ -73,10 +73,6 @@ class Trainable(nn.Module):
         # Not registered as a parameter of the module: it would appear twice in its state.
         object.__setattr__(self, "flat", nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves])))
         self._lay()
-        self._has_modes = any(
-            type(module) not in _MODELESS and not type(module).__module__.startswith("sbac.")
-            for module in self.modules()
-        )
 
     def _lay(self) -> None:
         """Make the leaves views of `flat`, which takes over their values."""
@@ -98,26 +94,40 @@ class Trainable(nn.Module):
         flat.copy_(torch.cat([leaf.detach().reshape(-1) for leaf in self._leaves]))
         self._bind()
 
-    def take_replaced(self) -> None:
+    def take_additions(self) -> None:
+        """Lay out also what a derived class added after `flatten`; before there is an optimizer."""
+        if hasattr(self, "flat") and [*map(id, self._known)] != [*map(id, self.parameters())]:
+            self.flatten()
+
+    def take_changes(self) -> None:
         """Learn, from now on, those parameters that somebody put in place of others of their shape.
 
         Whole layers may have been replaced, or parameters by ``load_state_dict(assign=True)``.
 
         Raises:
-            ValueError: Those that stand there now are of other shapes.
+            ValueError: Those that stand there now are of other shapes, or there are more of them.
         """
-        now = list(self.parameters())
-        if not hasattr(self, "flat") or {*map(id, self._known)} <= {*map(id, now)}:
+        if not hasattr(self, "flat") or self._look.is_still_so():
             return
-        if [parameter.shape for parameter in now] != [parameter.shape for parameter in self._known]:
+        now = dict(self.named_parameters())
+        known = {*map(id, self._known)}
+        if known <= {*map(id, now.values())}:
+            added = [name for name, parameter in now.items() if parameter.requires_grad and id(parameter) not in known]
+            if added:
+                raise ValueError(
+                    f"{type(self).__name__}: {', '.join(added)} came after the network was made, and cannot learn: "
+                    "add layers in a policy class of your own, or freeze them with requires_grad_(False)"
+                )
+        elif [parameter.shape for parameter in now.values()] != [parameter.shape for parameter in self._known]:
             raise ValueError(
                 f"{type(self).__name__}: its parameters are others than those that it was made with, and cannot learn: "
                 "change its layers in a policy class of your own, before flatten()"
             )
-        instead = {id(before): after for before, after in zip(self._known, now, strict=True)}
-        self._leaves = [instead[id(leaf)] for leaf in self._leaves]
-        self._left_out = [instead[id(parameter)] for parameter in self._left_out]
-        self._known = now
+        else:
+            instead = {id(before): after for before, after in zip(self._known, now.values(), strict=True)}
+            self._leaves = [instead[id(leaf)] for leaf in self._leaves]
+            self._left_out = [instead[id(parameter)] for parameter in self._left_out]
+            self._known = list(now.values())
         self._lay()
 
     def _bind(self) -> None:
@@ -127,7 +137,6 @@ class Trainable(nn.Module):
         self._gradient = self.flat.grad = torch.zeros_like(flat)
         self._gradient_address = self._gradient.data_ptr()
         self._layout: list[tuple[nn.Parameter, Tensor, bool]] = []
-        self._addresses: list[int] = []
         self._frozen: list[slice] = []
         start = 0
         for leaf in self._leaves:
@@ -135,7 +144,6 @@ class Trainable(nn.Module):
             leaf.data = flat[span].view_as(leaf)
             view = leaf.grad = self._gradient[span].view_as(leaf)
             self._layout.append((leaf, view, leaf.requires_grad))
-            self._addresses.append(leaf.data_ptr())
             if not leaf.requires_grad:
                 self._frozen.append(span)
             start = span.stop
@@ -145,21 +153,26 @@ class Trainable(nn.Module):
             for leaf, view, learns in self._layout
             if learns
         }
-        self._buffer_list = list(self.buffers())
+        modules = list(self.modules())
+        self._has_modes = any(
+            type(module) not in _MODELESS and not type(module).__module__.startswith("sbac.") for module in modules
+        )
+        self._buffers_of = [module._buffers for module in modules]
+        self._look = Look(modules, [])
+
+    def _buffers_now(self) -> list[Tensor]:
+        """Its buffers, which a module may replace at each step by others."""
+        return [buffer for buffers in self._buffers_of for buffer in buffers.values() if buffer is not None]
 
     def _lay_if_moved(self) -> None:
         """As `_lay`, where somebody replaced what it made, or froze or thawed a parameter."""
+        self.take_changes()
         moved = self.flat.grad is not self._gradient or self._gradient.data_ptr() != self._gradient_address
-        moved = moved or not self._lies_flat()
         for leaf, view, learns in self._layout:
             if leaf.grad is not view or leaf.requires_grad is not learns:
                 moved = True
         if moved or (self._left_out and any(parameter.requires_grad for parameter in self._left_out)):
             self._lay()
-
-    def _lies_flat(self) -> bool:
-        """Whether the leaves still have their values in `flat`."""
-        return addresses(self._leaves) == self._addresses
 
     def __getstate__(self) -> dict[str, Any]:
         # Views become tensors of their own in a copy or a pickle: leave out what `_lay` makes anew.
@@ -168,11 +181,11 @@ class Trainable(nn.Module):
             "_gradient",
             "_gradient_address",
             "_layout",
-            "_addresses",
             "_frozen",
             "_learning",
             "_in_place",
-            "_buffer_list",
+            "_buffers_of",
+            "_look",
         )
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
@@ -297,6 +310,11 @@ class Trainable(nn.Module):
 
     def back_by_autograd(self, outputs: Sequence[Tensor], *gradients: Tensor) -> None:
         """Add to the gradients of the parameters, from those of a loss with respect to what the network gave."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} cannot learn while gradients are turned off: let it learn outside of "
+                "torch.no_grad() and torch.inference_mode()"
+            )
         # What only frozen parts had a hand in has no way back.
         learned = [i for i, output in enumerate(outputs) if output.requires_grad]
         if learned:
@@ -342,11 +360,12 @@ class Trainable(nn.Module):
 
         Buffers that are no parameters (running statistics of normalisation layers) are copied.
         """
-        for network in (self, source):
-            if not network._lies_flat():
-                network._lay()
+        self.take_changes()
+        source.take_changes()
         self.flat.data.lerp_(source.flat.data, tau)
-        for own, other in zip(self._buffer_list, source._buffer_list, strict=True):
+        for frozen, its in zip(self._left_out, source._left_out, strict=True):  # which somebody may have loaded
+            frozen.data.lerp_(its.data, tau)
+        for own, other in zip(self._buffers_now(), source._buffers_now(), strict=True):
             own.data.copy_(other.data)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -362,7 +381,7 @@ class Trainable(nn.Module):
         return {
             "flat": self.flat.data,
             **{f"frozen/{index}": parameter.data for index, parameter in enumerate(self._left_out)},
-            **{f"buffer/{index}": buffer for index, buffer in enumerate(self._buffer_list)},
+            **{f"buffer/{index}": buffer for index, buffer in enumerate(self._buffers_now())},
             **{f"optimizer/{name}": value for name, value in statistics.items() if isinstance(value, Tensor)},
         }
 
@@ -373,10 +392,10 @@ class Trainable(nn.Module):
             tensors: Of the names, shapes and dtypes of `state_tensors`; in shared memory, say.
         """
         self.flat.data = tensors["flat"]
-        self._bind()
         for index, parameter in enumerate(self._left_out):
             parameter.data = tensors[f"frozen/{index}"]
-        for index, buffer in enumerate(self._buffer_list):
+        self._bind()
+        for index, buffer in enumerate(self._buffers_now()):
             buffer.data = tensors[f"buffer/{index}"]
         statistics = self.optimizer.state[self.flat] = initial_state(self.optimizer)
         statistics.update({name: tensors[f"optimizer/{name}"] for name in statistics if f"optimizer/{name}" in tensors})
@@ -408,7 +427,7 @@ class Trainable(nn.Module):
 
     def take_in_buffers(self, other: Trainable) -> None:
         """Copy the buffers of a network of the same form that has seen other data."""
-        for own, theirs in zip(self._buffer_list, other._buffer_list, strict=True):
+        for own, theirs in zip(self._buffers_now(), other._buffers_now(), strict=True):
             own.copy_(theirs)
 
 
@@ -426,12 +445,14 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
     group = optimizer.param_groups[0]
     parameter = group["params"][0]
     is_usual = unusual is not None and not any(map(group.get, unusual)) and group.get("fused", True)
-    if not is_usual or parameter.device.type != "cpu" or _is_watched(optimizer):
-        memory = parameter.detach()
+    is_only = len(group["params"]) == len(optimizer.param_groups) == 1  # else somebody put another optimizer in place
+    if not (is_usual and is_only) or parameter.device.type != "cpu" or _is_watched(optimizer):
+        memory = [(p, p.detach()) for group in optimizer.param_groups for p in group["params"]]
         optimizer.step()
-        if parameter.data_ptr() != memory.data_ptr():  # as of optimizers that write `p.data = p.data - ...`
-            memory.copy_(parameter.detach())
-            parameter.data = memory
+        for parameter, before in memory:
+            if parameter.data_ptr() != before.data_ptr():  # as of optimizers that write `p.data = p.data - ...`
+                before.copy_(parameter.detach())
+                parameter.data = before
         return
     state = optimizer.state[parameter]
     if not state:

@@ -263,8 +263,9 @@ def test_kept_belongs_to_the_newest_steps_and_to_observations_that_were_trained_
         if t == 1:
             kept.see(np.zeros(1), "of an evaluation", weights)
         kept.note(one)
-    assert kept.of_steps(3, weights) == ["step 0", None, "step 2"]
-    assert kept.of_steps(5, weights) == [None, None, "step 0", None, "step 2"]
+    first, last = (obs[0], "step 0"), (obs[2], "step 2")
+    assert kept.of_steps(3, weights) == [first, None, last]
+    assert kept.of_steps(5, weights) == [None, None, first, None, last]
     assert kept.of_steps(2, weights) == [None, None]
     assert kept.of_steps(3, weights + 1) == [None, None, None]
     off: Kept[str] = Kept()

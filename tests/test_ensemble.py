@@ -239,7 +239,7 @@ def test_a_member_that_was_replaced_is_the_one_that_counts(counted: list[Ensembl
         first, second = model.critic(batch.obs, batch.action)
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
     assert not counted  # it lies elsewhere
-    model.critic.take_replaced()
+    model.critic.take_changes()
     with torch.no_grad():
         first, second = model.critic(batch.obs, batch.action)
     assert counted and torch.equal(first, second)
