@@ -136,7 +136,8 @@ class GymnasiumAdapter(Adapter):
         self._ended = np.zeros(self.num_envs, dtype=bool)
         self._all_valid = np.ones(self.num_envs, dtype=bool)
         self._all_valid.setflags(write=False)
-        self._reuses_memory = getattr(env.unwrapped, "copy", True) is False
+        # Only of Gymnasium's own, without wrappers, is it known that nothing writes into what they returned.
+        self._reuses_memory = not (isinstance(env, (SyncVectorEnv, AsyncVectorEnv)) and env.copy)
         self.action_mask: np.ndarray | None = None
 
     def reset(self, seed: int | None) -> Tree:
@@ -150,6 +151,7 @@ class GymnasiumAdapter(Adapter):
 
     def step(self, actions: Tree) -> Step:
         obs, reward, terminated, truncated, raw = self.env.step(actions)
+        terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
         if self._reuses_memory:
             obs = copy_tree(obs)
         self.action_mask = _masks(raw, self.num_envs)
@@ -212,7 +214,7 @@ class StableBaselinesAdapter(Adapter):
         if seed is not None:
             # It counts on from one seed, environment by environment: from a random one, so that runs do not overlap.
             self.env.seed(_words(seed, 1)[0])
-        obs = self.env.reset()
+        obs = copy_tree(self.env.reset())  # environments of this kind may write into what they returned
         self.action_mask = self._masks(getattr(self.env, "reset_infos", []))
         return obs
 
@@ -221,6 +223,7 @@ class StableBaselinesAdapter(Adapter):
         obs, reward, done, infos = self.env.step(
             [rows(actions, i) for i in range(self.num_envs)] if is_tree else actions
         )
+        obs, done = copy_tree(obs), np.asarray(done, bool)
         first = getattr(self.env, "reset_infos", infos)
         self.action_mask = self._masks([first[i] if done[i] else infos[i] for i in range(self.num_envs)])
         truncated = np.zeros(self.num_envs, dtype=bool)

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from sbac.guards import EnvironmentFault
 from sbac.observations import MASK
 from sbac.tape import Recording, Tape
-from sbac.trees import Tree, leaves, space_tree
+from sbac.trees import Tree, leaves, space_tree, tree_map
 
 _NUMBER = (float, int, np.floating, np.integer)
 _FLAG = (bool, np.bool_)
@@ -64,6 +64,9 @@ class Watched(gymnasium.Wrapper[Any, Any, Any, Any]):
                 f"truncated {truncated!r} at {self._where('step')}; a reward is one number, the others True or False"
             )
         self.action_mask = info.get(MASK)
+        if terminated or truncated:
+            # It may write the first observation of the next episode into the same array.
+            obs = tree_map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, obs)
         return obs, reward, terminated, truncated, info
 
     def put_back(self, recording: Recording | None, obs: Tree, total: float) -> str | None:

@@ -47,15 +47,32 @@ class Counter(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.array([self.index, self.episode, self.t], dtype=np.float32)
 
 
+class InPlace(Counter):
+    """Writes every observation into one array and returns that; each action it sets to 0 once it was taken."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.memory = np.zeros(3, np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        found = super().step(action)
+        action[...] = 0
+        return found
+
+    def _obs(self) -> np.ndarray:
+        self.memory[:] = super()._obs()
+        return self.memory
+
+
 EPISODE_LENGTHS = ((3, 99, 4), (99, 2), (1, 4, 99))
 """Of three Counters: with a time limit of 5, episodes end in both ways and at different times, but never in both."""
 
 
-def counters() -> list[Callable[[], gymnasium.Env[Any, Any]]]:
+def counters(kind: type[Counter] = Counter) -> list[Callable[[], gymnasium.Env[Any, Any]]]:
     """Factories of three Counters under a time limit."""
 
     def factory(index: int) -> Callable[[], gymnasium.Env[Any, Any]]:
-        return lambda: TimeLimit(Counter(index, EPISODE_LENGTHS[index]), TIME_LIMIT)
+        return lambda: TimeLimit(kind(index, EPISODE_LENGTHS[index]), TIME_LIMIT)
 
     return [factory(index) for index in range(len(EPISODE_LENGTHS))]
 
@@ -190,6 +207,46 @@ class ShapedVecEnv:
 
     def close(self) -> None:
         self.closed = True
+
+
+class InPlaceVecEnv(ShapedVecEnv):
+    """Writes all observations into one array; where episodes ended, it says so with whole numbers."""
+
+    def reset(self) -> np.ndarray:
+        self.memory = super().reset()
+        return self.memory
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        obs, reward, done, infos = super().step_wait()
+        self.memory[:] = obs
+        return self.memory, reward, done.astype(np.int64), infos
+
+
+class InPlaceVectorEnv(gymnasium.vector.VectorWrapper[Any, Any, Any]):
+    """Writes all observations into one array, and 0 into the actions once they were taken.
+
+    Args:
+        env: Several environments.
+        flags: The dtype of what says where episodes ended.
+    """
+
+    def __init__(self, env: gymnasium.vector.VectorEnv[Any, Any, Any], flags: Any = bool) -> None:
+        super().__init__(env)
+        self.flags = flags
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, infos = self.env.reset(**kwargs)
+        if kwargs.get("options"):
+            self.memory[:] = obs
+        else:
+            self.memory = obs
+        return self.memory, infos
+
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        obs, reward, terminated, truncated, infos = self.env.step(actions)
+        self.memory[:] = obs
+        actions[...] = 0
+        return self.memory, reward, terminated.astype(self.flags), truncated.astype(self.flags), infos
 
 
 class BareVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):

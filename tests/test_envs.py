@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import TimeLimit, TransformObservation
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -25,6 +25,9 @@ from tests.environments import (
     TIME_LIMIT,
     BareVectorEnv,
     Counter,
+    InPlace,
+    InPlaceVecEnv,
+    InPlaceVectorEnv,
     Misbehaving,
     Random,
     Recorder,
@@ -95,6 +98,7 @@ def through_the_door(
     while min(map(len, found)) < N_TRANSITIONS:
         action = choose(obs)
         step = door.step(action)
+        assert step.terminated.dtype == step.truncated.dtype == bool
         # Read only now: an environment that wrote over what it returned earlier would be noticed.
         for i in range(door.num_envs):
             if step.valid[i] or not only_valid:
@@ -115,7 +119,9 @@ def through_the_door(
 
 KINDS: dict[str, Callable[[], Any]] = {
     "list of factories": counters,
+    "list of factories that write in place": lambda: counters(InPlace),
     "hand-made VecEnv": lambda: ShapedVecEnv(counters()),
+    "VecEnv that writes in place": lambda: InPlaceVecEnv(counters()),
     "DummyVecEnv": lambda: DummyVecEnv([lambda make=make: Monitor(make()) for make in counters()]),
     "AsyncVectorEnv without copies": lambda: AsyncVectorEnv(
         counters(), copy=False, autoreset_mode=AutoresetMode.DISABLED
@@ -126,6 +132,10 @@ for _mode in MODES:
     KINDS[f"SyncVectorEnv without copies {_mode.value}"] = lambda mode=_mode: SyncVectorEnv(
         counters(), copy=False, autoreset_mode=mode
     )
+    for _flags in (bool, np.uint8, np.int64, np.float32):
+        KINDS[f"VectorEnv that writes in place, {_flags.__name__} {_mode.value}"] = lambda mode=_mode, flags=_flags: (
+            InPlaceVectorEnv(SyncVectorEnv(counters(), autoreset_mode=mode), flags)
+        )
     KINDS[f"AsyncVectorEnv {_mode.value}"] = lambda mode=_mode: AsyncVectorEnv(counters(), autoreset_mode=mode)
 
 
@@ -140,6 +150,24 @@ def test_each_kind_of_vector_environment_yields_the_same_transitions(kind: str) 
     assert any(t.truncated for t in truth[0])
 
     assert through_the_door(make_environments(KINDS[kind]())) == truth
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_the_parts_of_observations_that_are_written_in_place_are_kept(n_envs: int) -> None:
+    def factory(make: Callable[[], Any]) -> Callable[[], Any]:
+        space = spaces.Dict({"a": spaces.Tuple([Counter().observation_space]), "b": spaces.Discrete(2)})
+        return lambda: TransformObservation(make(), lambda obs: {"a": (obs,), "b": 1}, space)
+
+    door = make_environments([factory(make) for make in counters(InPlace)[:n_envs]])
+    obs = door.reset()
+    for truth in list(zip(*(by_hand(index) for index in range(n_envs)), strict=True))[:12]:
+        step = door.step(choose(obs["a"][0]))
+        np.testing.assert_array_equal(obs["a"][0], [each.obs for each in truth])
+        np.testing.assert_array_equal(step.successor["a"][0], [each.successor for each in truth])
+        for i in range(n_envs):
+            if truth[i].terminated or truth[i].truncated:
+                np.testing.assert_array_equal(step.infos[i]["terminal_observation"]["a"][0], truth[i].successor)
+        obs = step.obs
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
