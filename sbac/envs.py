@@ -68,7 +68,10 @@ class ActionCodec:
             self._counts_from_0 = not np.any(space.start)
 
     def to_env(self, action: Tree) -> Tree:
-        """Actions (..., *shape) of an algorithm in the environment's own units, inside its bounds."""
+        """Actions (..., *shape) of an algorithm in the environment's own units, inside its bounds.
+
+        They are copies, since an environment may write into what it is sent.
+        """
         if self._parts is not None:
             return tree_map(lambda codec, part: codec.to_env(part), self._parts, action)
         if isinstance(self.space, spaces.Box):
@@ -76,8 +79,8 @@ class ActionCodec:
             return (np.rint(native) if self._dtype.kind in "iu" else native).astype(self._dtype)
         if isinstance(self.space, (spaces.Discrete, spaces.MultiDiscrete)):
             native = action if self._counts_from_0 else action + self._start
-            return native.astype(self.space.dtype, copy=False)
-        return action.astype(self.space.dtype, copy=False)
+            return native.astype(self.space.dtype)
+        return action.astype(self.space.dtype)
 
     def from_env(self, action: Tree) -> Tree:
         """Actions (..., *shape) of an environment in the units of an algorithm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import TimeLimit, TransformObservation
+from gymnasium.wrappers import TimeLimit, TransformAction, TransformObservation
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium.wrappers.vector import TransformAction as TransformVectorAction
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sbac.adapters import Infos, Step
 from sbac.envs import ActionCodec, Environments, make_environments
 from sbac.guards import EnvironmentFault, NotFiniteError
+from sbac.trees import leaves, space_tree, tree_map
 from tests.environments import (
     EPISODE_LENGTHS,
     TIME_LIMIT,
@@ -730,6 +733,47 @@ def test_the_door_sends_actions_in_the_units_of_the_environment() -> None:
     assert box.received[0].dtype == np.float32
     door.step_native(np.full((1, 2, 2), 0.5, np.float32))
     np.testing.assert_array_equal(box.received[1], np.full((2, 2), 0.5))
+
+
+SPACES_OF_ACTIONS = [
+    spaces.Discrete(5),
+    spaces.Discrete(5, start=2),
+    spaces.MultiDiscrete([5, 5]),
+    spaces.MultiBinary(2),
+    spaces.Box(-1, 1, (2,), np.float32),
+    spaces.Box(-np.inf, np.inf, (2,), np.float32),
+    spaces.Dict({"x": spaces.MultiDiscrete([5, 5]), "y": spaces.MultiBinary(2)}),
+]
+
+
+@pytest.mark.parametrize("space", SPACES_OF_ACTIONS, ids=str)
+@pytest.mark.parametrize("is_vectorised", [False, True])
+def test_actions_that_an_environment_writes_into_stay_what_was_chosen(
+    space: spaces.Space[Any], is_vectorised: bool
+) -> None:
+    def overwrite(action: Any) -> Any:
+        sent = copy.deepcopy(action)
+        for _, leaf in leaves(action):
+            if isinstance(leaf, np.ndarray):
+                leaf[...] = 0
+        return sent
+
+    def factory() -> gymnasium.Env[Any, Any]:
+        env = Recorder(space)
+        return env if is_vectorised else TransformAction(env, overwrite, space)
+
+    door = make_environments(TransformVectorAction(SyncVectorEnv([factory]), overwrite) if is_vectorised else factory)
+    chosen = tree_map(lambda leaf: np.ones((1, *leaf.shape), leaf.dtype), space_tree(space))
+    native = door.codec.to_env(chosen)
+    door.reset(seed=0)
+    door.step(chosen)
+    assert all((leaf == 1).all() for _, leaf in leaves(chosen))
+
+    # And what is recorded is what was taken.
+    recording = door.recordings()[0]
+    if not is_vectorised:
+        assert recording is not None
+        assert recording.actions.tobytes() == b"".join(leaf.tobytes() for _, leaf in leaves(native))
 
 
 # Seeds.
