@@ -203,6 +203,8 @@ def evaluate_policy(
     if isinstance(own, Environments) and any(layer is env for layer in layers(own)):
         env = own  # through the model's own door, so that learning on notices the reset
     environments, made_here = open_environments(env)
+    if isinstance(own, Environments) and environments is not own and share_layers(environments, own):
+        own.reset_count += 1  # the model's environment in other wrappers: likewise, learning on begins new episodes
     try:
         if hasattr(model, "check_env"):
             model.check_env(environments)
@@ -309,14 +311,19 @@ def layers(env: Any) -> Iterator[Any]:
             yield from layers(inner)
 
 
+def share_layers(env: Any, other: Any) -> bool:
+    """Whether two doors or environments share a vector environment, a wrapper or an environment."""
+    known = {id(layer) for layer in layers(other)}
+    return any(id(layer) in known for layer in layers(env))
+
+
 def require_apart(env: Environments, model: Any, training_env: Any, warn: bool) -> None:
     """See that a model in training can be evaluated in `env`: other environments, with its spaces.
 
     Raises:
         ValueError: Evaluation and training share a vector environment, a wrapper or an environment.
     """
-    in_training = {id(layer) for layer in layers(training_env)}
-    if any(id(layer) in in_training for layer in layers(env)):
+    if share_layers(env, training_env):
         raise ValueError(
             "eval_env is the training environment itself, whose episodes an evaluation would cut off; pass "
             "another environment, such as the id or the function that made this one"

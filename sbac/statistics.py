@@ -59,7 +59,9 @@ class EpisodeStatistics:
             ended: Where it ended an episode, (n,) bool.
             seconds: Since training started.
         """
-        self.running_return += step.reward
+        # The empty step of next-step autoreset earns nothing, whatever a wrapper makes of its reward.
+        is_usual = np.count_nonzero(step.valid) == len(step.valid)
+        self.running_return += step.reward if is_usual else np.where(step.valid, step.reward, 0.0)
         self.running_length += step.valid
         if np.count_nonzero(ended):  # sooner than any()
             for i in np.flatnonzero(ended):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import RecordEpisodeStatistics, TransformReward
+from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit, TransformReward
 from gymnasium.wrappers.vector import TransformReward as TransformVectorReward
 
 from sbac import A2C
@@ -99,6 +99,14 @@ def test_what_an_empty_reset_step_sends_is_ignored() -> None:
     returns, lengths = evaluate_policy(Constant(), env, n_eval_episodes=4, return_episode_rewards=True, warn=False)
     assert sorted(returns) == [8, 8, 34, 34]
     assert sorted(lengths) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_what_an_empty_reset_step_sends_is_not_among_the_returns_of_training(mode: AutoresetMode) -> None:
+    env = TransformVectorReward(of_lengths(1, 2, mode=mode), lambda reward: reward + 7)
+    episodes = A2C("MlpPolicy", env, seed=0).learn(60).ep_info_buffer
+    assert len(episodes) > 20
+    assert {(episode["r"], episode["l"]) for episode in episodes} == {(8, 1), (34, 2)}
 
 
 def test_the_rest_of_the_shares_goes_to_the_first_environments() -> None:
@@ -264,6 +272,19 @@ def test_a_model_evaluated_in_its_own_environment_begins_new_episodes_when_it_le
     assert model.env.reset_count == resets + 1
     model.learn(50, reset_num_timesteps=False)
     assert model.env.reset_count == resets + 2
+
+
+@pytest.mark.parametrize("wraps", [partial(TimeLimit, max_episode_steps=3), lambda env: lambda: env])
+def test_a_model_evaluated_in_its_own_environment_in_another_wrapper_begins_new_episodes(wraps: Any) -> None:
+    env = FixedLength(7)
+    model = A2C("MlpPolicy", RecordEpisodeStatistics(env), n_steps=5, seed=0).learn(10)
+    evaluate_policy(model, wraps(env), 2)
+    model.learn(5, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.rollout_buffer.obs[:, 0, 0], [0, 1, 2, 3, 4])
+
+    resets = model.env.reset_count
+    evaluate_policy(model, FixedLength(7), 2)
+    assert model.env.reset_count == resets, "other environments leave the episodes of training alone"
 
 
 def test_layers_are_all_that_is_wrapped() -> None:
