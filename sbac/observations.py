@@ -175,10 +175,20 @@ def as_batch(observation: Any, space: spaces.Space[Any]) -> tuple[Tree, bool]:
                 f"predict: the observation{part} is {leaf}; the model was made for whole numbers from "
                 f"{limits[0]} to {limits[1]}"
             )
-        leaf = leaf.astype(promise.dtype, copy=False)
-        if not all_finite(leaf):
+        cast = leaf
+        if leaf.dtype != promise.dtype:
+            with np.errstate(invalid="ignore"):  # of NaN as a whole number, which is refused below
+                cast = leaf.astype(promise.dtype)
+        if not (all_finite(cast) and (cast is leaf or all_finite(leaf))):
             raise NotFiniteError(f"predict: the observation{part} holds NaN or infinity: {leaf}")
-        return leaf[None] if single else leaf
+        # Rounding to another float is no matter, but 300 would become 44 as uint8, and each number below 1 black.
+        if cast is not leaf and cast.dtype.kind in "iu" and (changed := cast != leaf).any():
+            raise ValueError(
+                f"predict: the observation{part} holds {leaf[changed][0]}, which would become {cast[changed][0]} as "
+                f"{promise.dtype}; the model was made for {promise}: pass whole numbers as the environment sends "
+                "them, images not scaled"
+            )
+        return cast[None] if single else cast
 
     names = iter(promised)
     return tree_map(lambda _: checked(next(names)), space_tree(space)), single

@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import ReplayBuffer as PeerBuffer
 from sbac import A2C, A3C, DDPG, TD3, EnvironmentFault, NotFiniteError, evaluate_policy
 from sbac.buffers import ReplayBuffer
 from sbac.callbacks import CheckpointCallback, EvalCallback
-from sbac.envs import make_environments
+from sbac.envs import Spaces, make_environments
 from sbac.hindsight import HerReplayBuffer
 from sbac.optimization import RMSpropTFLike
 from sbac.prioritized import PrioritizedReplayBuffer
@@ -82,6 +82,33 @@ def test_a_discrete_observation_outside_its_space_is_named(sent: int) -> None:
     with pytest.raises(ValueError, match=r"whole numbers from 2 to 5"):
         model.predict(2.5)
     model.predict(5)
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (np.array([300, 7]), "holds 300, which would become 44 as uint8"),
+        (np.array([7, -1]), "holds -1, which would become 255 as uint8"),
+        (np.array([[3.0, 4.0], [0.0, 0.9]]), r"holds 0.9, which would become 0 as uint8; .*Box\(0, 255.*not scaled"),
+        ([0.5, 0.5], "holds 0.5"),
+    ],
+)
+@pytest.mark.parametrize("is_part", [False, True])
+def test_an_observation_that_its_space_cannot_hold_is_named(sent: Any, message: str, is_part: bool) -> None:
+    space = spaces.Box(0, 255, (2,), np.uint8)
+    known = Spaces(spaces.Dict({"a": space}) if is_part else space, spaces.Discrete(2), 1)
+    model = A2C("auto", known, **TINY)
+
+    def predict(obs: Any) -> Any:
+        return model.predict({"a": obs} if is_part else obs)[0]
+
+    with pytest.raises(ValueError, match=f"predict: the observation.* {message}"):
+        predict(sent)
+    with pytest.raises(NotFiniteError, match="holds NaN or infinity"):
+        predict([np.nan, 1.0])
+    expected = predict(np.array([3, 255], np.uint8))
+    for same in (np.array([3, 255]), np.array([3.0, 255.0]), [3, 255]):
+        np.testing.assert_array_equal(predict(same), expected)
 
 
 def test_what_reset_returns_is_not_an_observation() -> None:
