@@ -13,6 +13,7 @@ from sbac.adapters import Step
 from sbac.buffers import ReplayBuffer
 from sbac.envs import ActionCodec
 from sbac.guards import NotFiniteError, nearest
+from sbac.observations import value_limits
 from sbac.trees import Tree, all_finite, first_not_finite, leaves, rows, space_tree, tree_map
 
 REQUIRED = ("observations", "actions", "rewards", "terminations", "truncations")
@@ -176,8 +177,9 @@ class _Reader:
         # The networks compute in float32: what is larger than that holds would become infinite.
         dtype = np.dtype(np.float32 if space.dtype == np.float64 else space.dtype)
         array = _array(path + where, given, (n, *(space.shape or ())), dtype)
-        if isinstance(space, spaces.Discrete):
-            _require_within(path + where, array, space.start, space.start + space.n - 1)
+        limits = value_limits(space)
+        if limits is not None:
+            _require_within(path + where, array, *limits)
         return array
 
     def _actions(self, given: Any, n: int, where: str = "") -> np.ndarray:
@@ -237,6 +239,11 @@ def _array(name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) 
     if not all_finite(array):
         row = first_not_finite(array)
         raise NotFiniteError(f"demonstrations: {name} must be finite, but row {row} is {np.asarray(given)[row]}")
+    if dtype.kind in "iu" and (array != given).any():
+        raise ValueError(
+            f"demonstrations: {name} must fit {dtype}, which holds numbers from {np.iinfo(dtype).min} to "
+            f"{np.iinfo(dtype).max}, but they reach from {np.min(given)} to {np.max(given)}"
+        )
     return array
 
 

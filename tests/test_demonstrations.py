@@ -346,6 +346,30 @@ def test_discrete_observations_are_within_their_space() -> None:
     assert load_demonstrations(buffer, {**arrays, "observations": arrays["observations"][:, 1].astype(int) + 1}) == 11
 
 
+@pytest.mark.parametrize(
+    ("space", "wrong", "message"),
+    [
+        (spaces.MultiDiscrete([2, 3]), [2, 0], r"within \[0 0\] and \[1 2\], but row 4 is \[2 0\]"),
+        (spaces.MultiDiscrete([2, 3], start=[5, 1]), [5, 0], r"within \[5 1\] and \[6 3\], but row 4 is \[5 0\]"),
+        (spaces.MultiBinary(2), [7, 1], r"within 0 and 1, but row 4 is \[7 1\]"),
+        (spaces.MultiBinary(2), [257, 1], "fit int8, which holds numbers from -128 to 127, but they reach .* 257"),
+    ],
+)
+def test_whole_numbers_observed_are_within_their_space(space: Any, wrong: list[int], message: str) -> None:
+    buffer = ReplayBuffer(20, space, ACTION)
+    space.seed(0)
+    arrays = recorded()
+    names = ("observations", "next_observations")
+    right = {name: np.array([space.sample() for _ in range(13)], np.int64) for name in names}
+    for name in names:
+        changed = right[name].copy()
+        changed[4] = wrong
+        with pytest.raises(ValueError, match=f"demonstrations: {name} must .*{message}"):
+            load_demonstrations(buffer, {**arrays, **right, name: changed})
+    assert buffer.size() == 0
+    assert load_demonstrations(buffer, {**arrays, **right}) == 13
+
+
 def test_a_model_without_a_replay_buffer_is_refused() -> None:
     with pytest.raises(TypeError, match="go into a ReplayBuffer or a model that has one, not into A2C"):
         load_demonstrations(A2C("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4]}), recorded())
