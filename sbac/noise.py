@@ -298,7 +298,7 @@ class VectorizedActionNoise(ActionNoise):
     already samples for all environments once an algorithm has bound it.
 
     Args:
-        base_noise: the noise to copy.
+        base_noise: the noise to copy. What is changed in it later does not reach the copies.
         n_envs: number of environments, at least 1.
 
     Attributes:
@@ -328,8 +328,9 @@ class VectorizedActionNoise(ActionNoise):
 
     @property
     def scale(self) -> float | None:
-        """That of the base noise."""
-        return self.base_noise.scale
+        """The mean over the environments' own; None where one has no such number."""
+        scales = [scale for noise in self.noises if (scale := noise.scale) is not None]
+        return float(np.mean(scales)) if len(scales) == self.n_envs else None
 
     def __call__(self) -> np.ndarray:
         samples = [noise() for noise in self.noises]

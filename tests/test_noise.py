@@ -391,6 +391,14 @@ def test_vectorized_noise_needs_the_noise_of_one_environment(base_noise):
         VectorizedActionNoise(base_noise, n_envs=2)
 
 
+def test_the_scale_of_a_vectorized_noise_is_that_of_its_copies():
+    noise = VectorizedActionNoise(NormalActionNoise(np.zeros(2), 0.5), n_envs=2)
+    noise.base_noise.sigma = np.zeros(())
+    assert noise.scale == 0.5
+    noise.noises[1].sigma = np.array([0.1, 0.2])
+    assert noise.scale == pytest.approx((0.5 + 0.15) / 2)
+
+
 def test_vectorized_noise_as_scripts_use_it():
     base_noise = NormalActionNoise(np.zeros(2), np.ones(2))
     noise = VectorizedActionNoise(base_noise, n_envs=3)
