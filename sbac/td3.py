@@ -220,9 +220,7 @@ class TD3(BaseAlgorithm):
             action_noise = NormalActionNoise(mean=0.0, sigma=0.1)
         elif not (action_noise is None or isinstance(action_noise, ActionNoise)):
             raise ValueError(f"action_noise must be an ActionNoise, 'normal' or None, not {action_noise!r}")
-        self.action_noise = copy.deepcopy(action_noise)
-        if self.action_noise is not None:
-            self.action_noise.bind(self.n_envs, (int(np.prod(self.action_space.shape or ())),), self.generator)
+        self.action_noise = action_noise
         self._steps_since = 0  # steps of the vector environment, or episodes, since the last time of learning
         self._transitions_since = 0
         self._n_transitions = 0  # collected since learning began
@@ -380,6 +378,18 @@ class TD3(BaseAlgorithm):
         super()._start_episodes(env)
         if self.action_noise is not None:
             self.action_noise.reset()
+
+    @property
+    def action_noise(self) -> ActionNoise | None:
+        """The exploration noise: a copy of what is assigned, bound to the environments and the model's generator."""
+        return self._action_noise
+
+    @action_noise.setter
+    def action_noise(self, action_noise: ActionNoise | None) -> None:
+        noise = copy.deepcopy(action_noise)
+        if noise is not None:
+            noise.bind(self.n_envs, (int(np.prod(self.action_space.shape or ())),), self.generator)
+        self._action_noise = noise
 
     @property
     def learning_rate(self) -> FloatOrSchedule | None:

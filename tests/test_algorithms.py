@@ -802,6 +802,7 @@ SHARED = {
     "_learn",
     "train",
     "_start_episodes",
+    "action_noise",
     "learning_rate",
     "actor",
     "critic",

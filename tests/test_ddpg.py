@@ -497,6 +497,26 @@ def test_actions_are_the_policys_with_noise_and_stay_in_bounds(cls):
     assert noise.n_envs is None, "the user's object is left alone"
 
 
+def test_noise_that_is_assigned_is_bound_as_by_the_constructor(cls):
+    given = NormalActionNoise(0.0, [0.3, 0.1])
+    seen = []
+    for first in (given, None):
+        model = cls("MlpPolicy", Cycle(7), learning_starts=5, action_noise=first, seed=0, **SMALL)
+        if first is None:
+            model.action_noise = given
+        model.learn(30)
+        seen.append(model.replay_buffer.action[:30].copy())
+    np.testing.assert_array_equal(*seen)
+    assert given.n_envs is None, "the user's object is left alone"
+
+    before = model.action_noise
+    with pytest.raises(ValueError, match=r"sigma has shape \(3,\), but the actions have shape \(2,\)"):
+        model.action_noise = NormalActionNoise(0.0, [0.1, 0.2, 0.3])
+    assert model.action_noise is before
+    model.action_noise = None
+    model.learn(10)
+
+
 def test_the_buffers_oldest_transitions_are_overwritten(cls):
     model = cls("MlpPolicy", Cycle(100), learning_starts=10, buffer_size=20, seed=0, **SMALL).learn(50)
     held = (model.replay_buffer.sample(1_000).successor[:, 0] * 100).round().int().tolist()
