@@ -5,6 +5,7 @@ What a file holds is in `checkpoint`.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -47,11 +48,14 @@ class Saveable:
     policy: Any
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """The state of the policy and of each optimizer, by name, as torch's `state_dict` gives it."""
+        """The state of the policy and of each optimizer, by name, in the form of torch's `state_dict`.
+
+        It is a copy, which stays as it is while the model learns on.
+        """
         states: dict[str, dict[str, Any]] = {"policy": self.policy.state_dict()}
         for name, network in self._trained().items():
             states[f"{name}.optimizer"] = network.optimizer.state_dict()
-        return states
+        return copy.deepcopy(states)
 
     def set_parameters(
         self,
@@ -59,7 +63,7 @@ class Saveable:
         exact_match: bool = True,
         device: torch.device | str = "auto",
     ) -> None:
-        """Take over parameters.
+        """Take over parameters, by copy.
 
         Args:
             load_path_or_dict: A model file, or what `get_parameters` returned.
@@ -73,16 +77,16 @@ class Saveable:
             given: Mapping[str, Mapping[str, Any]] = load_path_or_dict
         else:
             given = type(self).load(load_path_or_dict).get_parameters()
-        own = self.get_parameters()
-        unknown = sorted(set(given) - set(own))
-        missing = sorted(set(own) - set(given))
+        own = {"policy", *(f"{name}.optimizer" for name in self._trained())}
+        unknown, missing = sorted(set(given) - own), sorted(own - set(given))
         if unknown or (exact_match and missing):
             raise ValueError(f"set_parameters: unknown {unknown}, missing {missing}; known: {sorted(own)}")
         if "policy" in given:
             checkpoint.load_policy(self.policy, given["policy"], exact_match)
         for name, network in self._trained().items():
             if f"{name}.optimizer" in given:
-                network.optimizer.load_state_dict(dict(given[f"{name}.optimizer"]))
+                # torch would go on in the very tensors that it is given.
+                network.optimizer.load_state_dict(copy.deepcopy(dict(given[f"{name}.optimizer"])))
 
     def _trained(self) -> dict[str, Trainable]:
         """The networks that have an optimizer."""

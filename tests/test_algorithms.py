@@ -660,7 +660,7 @@ def test_a_subclass_may_pass_its_arguments_on(make_model):
 
 def test_parameters_go_out_and_in(make_model):
     model, other = make_model(seed=0).learn(60), make_model(seed=1)
-    parameters = copy.deepcopy(model.get_parameters())
+    parameters = model.get_parameters()
     other.set_parameters(parameters)
     assert same(model, other)
     for name, network in model._trained().items():
@@ -674,10 +674,45 @@ def test_parameters_go_out_and_in(make_model):
     assert same(model, other)
 
 
+def test_parameters_are_copies_on_the_way_out_and_in(make_model):
+    def flat(parameters: Any) -> list[Tensor]:
+        """The weights and all that the optimizers remember."""
+        states = [s for name in sorted(set(parameters) - {"policy"}) for s in parameters[name]["state"].values()]
+        return [torch.as_tensor(v).clone() for group in (parameters["policy"], *states) for v in group.values()]
+
+    def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+        return len(a) == len(b) and all(map(torch.equal, a, b))
+
+    model, other = make_model(seed=0).learn(60), make_model(seed=1).learn(20)
+    best = model.get_parameters()
+    before = flat(best)
+    assert equal(flat(model.get_parameters()), before)
+
+    # What one model learns is nothing to the other, nor to what it was given.
+    other.set_parameters(best)
+    other.learn(60, reset_num_timesteps=False)
+    assert equal(flat(model.get_parameters()), before) and equal(flat(best), before)
+    assert not equal(flat(other.get_parameters()), before)
+
+    # What was taken stays as it was, and brings all of it back.
+    model.learn(60, reset_num_timesteps=False)
+    assert equal(flat(best), before) and not equal(flat(model.get_parameters()), before)
+    model.set_parameters(best)
+    assert equal(flat(model.get_parameters()), before)
+
+    # Also what others took, as torch gives it.
+    states: dict[str, Any] = {"policy": model.policy.state_dict()}
+    for name, network in model._trained().items():
+        states[f"{name}.optimizer"] = network.optimizer.state_dict()
+    other.set_parameters(states)
+    other.learn(60, reset_num_timesteps=False)
+    assert equal(flat(model.get_parameters()), before)
+
+
 def test_parameters_that_do_not_fit_change_nothing(make_model, tmp_path):
     model = make_model(seed=0)
     before = weights(model)
-    good = copy.deepcopy(make_model(seed=1).get_parameters())
+    good = make_model(seed=1).get_parameters()
     name, tensor = next(iter(good["policy"].items()))
     for wrong in (
         {**good, "nonsense": {}},
