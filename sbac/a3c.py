@@ -6,7 +6,7 @@ Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", arXiv:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sbac import checkpoint
 from sbac.base import BaseAlgorithm
+from sbac.beside import freeze, frozen_parameters
 from sbac.buffers import RolloutBatch, RolloutBuffer
 from sbac.callbacks import BaseCallback, MaybeCallback
 from sbac.construction import read_part
@@ -345,7 +346,7 @@ class A3C(BaseAlgorithm):
     def _start_workers(self, memory: SharedMemory) -> Workers:
         arguments = checkpoint.arguments(self) | {"verbose": 0, "tensorboard_log": None, "device": "cpu"}
         known = Spaces(self.observation_space, self.action_space, self.n_envs)
-        frozen = [name for name, parameter in self.policy.named_parameters() if not parameter.requires_grad]
+        frozen = frozen_parameters(self.policy)
         work = partial(_work, type(self), arguments, known, self.env.factory, self._total_timesteps, frozen)
         workers = Workers(
             work,
@@ -450,7 +451,7 @@ def _work(
     known: Spaces,
     factory: EnvironmentLike,
     total_timesteps: int,
-    frozen: Sequence[str],
+    frozen: list[str],
     shared: SharedMemoryTransport,
     launch: int,
     state: Mapping[str, np.ndarray] | None,
@@ -461,8 +462,7 @@ def _work(
     model._total_timesteps = total_timesteps
     torch.set_rng_state(model._update_state)
     for policy in (model.policy, theta):
-        for name in frozen:
-            policy.get_parameter(name).requires_grad_(False)
+        freeze(policy, frozen)
     env = make_environments(factory, known.n_envs)
     try:
         shared.hold(theta, partial(worker_state, model, env))

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
+from sbac.beside import freeze, frozen_parameters
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make, require_spaces
@@ -74,6 +75,7 @@ def save(
             "env_id": None if model.env is None else model.env.env_id,
         }
     )
+    config["frozen"] = frozen_parameters(model.policy)
     file = Archive(meta=_meta(model), config=config, objects=objects)
     for name, tensor in model.policy.state_dict().items():
         file.arrays[f"policy/{name}"] = tensor_to_array(tensor)
@@ -421,6 +423,7 @@ def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
     weights = {name: array_to_tensor(array) for name, array in _below(file.arrays, "policy/").items()}
     try:
         load_policy(model.policy, weights)
+        freeze(model.policy, file.config.get("frozen", []))  # earlier versions did not write it
     except ValueError as error:
         raise ArchiveError(f"{path}: {error}") from error
     for name, network in model._trained().items():

@@ -680,3 +680,34 @@ def test_a_callback_whose_state_is_no_data_is_named(tmp_path: Path) -> None:
 def test_a_process_killed_at_random_moments_ends_as_one_never_killed(task: str, steps: int, tmp_path: Path) -> None:
     """A short version of what `tests.kill` does by hand."""
     assert kill_test(task, steps, n_kills=3, seed=0, folder=tmp_path) == []
+
+
+class FreezeAt(BaseCallback):
+    """Freezes the first layer of the (first) actor at a step, once."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.at:
+            policy = self.model.policy
+            (policy.policy_net if hasattr(policy, "policy_net") else policy.actor.mu)[0].requires_grad_(False)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("cls", "env_id", "arguments"), [(A2C, "CartPole-v1", {"n_steps": 8}), (TD3, "Pendulum-v1", REPLAY)]
+)
+def test_what_a_callback_froze_stays_frozen_in_a_run_that_resumes(
+    cls: type[BaseAlgorithm], env_id: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(folder: str, steps: int) -> BaseAlgorithm:
+        model: BaseAlgorithm = cls("MlpPolicy", env_id, **SMALL, **arguments)
+        checkpoints = CheckpointCallback(60, tmp_path / folder, resume="auto")
+        return model.learn(steps, callback=[FreezeAt(50), checkpoints])
+
+    run("stopped", 70)
+    whole, resumed = run("whole", 120), run("stopped", 120)
+    assert resumed.num_timesteps == 120
+    assert_equal(whole, resumed)

@@ -255,6 +255,77 @@ def test_training_goes_on_from_the_buffer_bit_for_bit(cls, n_steps, tmp_path):
     assert same_optimizers(loaded, model)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_what_was_frozen_is_frozen_again(make_model, tmp_path, full):
+    def frozen(model: BaseAlgorithm) -> list[str]:
+        return [name for name, parameter in model.policy.named_parameters() if not parameter.requires_grad]
+
+    def body(model: Any) -> torch.nn.Module:
+        return model.policy.policy_net if hasattr(model.policy, "policy_net") else model.policy.actor.mu[0]
+
+    model = make_model()
+    body(model).requires_grad_(False)
+    expected = frozen(model)
+    before = [parameter.clone() for parameter in body(model).parameters()]
+    model.learn(40).save(tmp_path / "model", full=full)
+    loaded = make_model.cls.load(tmp_path / "model", env=make_model.env_id)
+    assert frozen(loaded) == expected != []
+    loaded.learn(40, reset_num_timesteps=False)
+    assert all(map(torch.equal, body(loaded).parameters(), before))
+    assert not same(loaded, model)
+    if full:
+        model.learn(40, reset_num_timesteps=False)
+        assert same(loaded, model)
+
+    # Weights alone are taken by what learns; and what is thawed is not frozen in the next file.
+    other = make_model(seed=1)
+    other.set_parameters(tmp_path / "model")
+    assert frozen(other) == []
+    body(loaded).requires_grad_(True)
+    loaded.save(tmp_path / "model")
+    assert frozen(make_model.cls.load(tmp_path / "model")) == []
+
+
+class _HalfFrozen(torch.nn.Module):
+    """A body of which the class freezes one part."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__()
+        self.features_dim = 4
+        self.fixed, self.free = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.fixed.requires_grad_(False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return torch.tanh(self.free(self.fixed(obs)))
+
+
+def test_what_the_class_freezes_and_files_that_do_not_say_are_as_before(tmp_path):
+    kwargs = {"features_extractor_class": _HalfFrozen, "net_arch": [8]}
+    model = A2C("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, seed=0).learn(20)
+    model.save(tmp_path / "model")
+    for frozen in (read_archive(tmp_path / "model.zip").config["frozen"], None):
+        archive = read_archive(tmp_path / "model.zip", allow_pickle=True)
+        archive.config["frozen"] = frozen
+        if frozen is None:
+            del archive.config["frozen"]
+        write_archive(tmp_path / "other", archive)
+        loaded = A2C.load(tmp_path / "other", env="CartPole-v1", custom_objects={"policy_kwargs": kwargs})
+        body = loaded.policy.features_extractor
+        assert {p.requires_grad for p in body.fixed.parameters()} == {False}
+        assert all(p.requires_grad for name, p in loaded.policy.named_parameters() if ".fixed." not in name)
+        loaded.learn(20, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("frozen", [["nonsense"], "log_std", [3], None])
+def test_frozen_parameters_that_the_policy_does_not_have_are_refused(make_model, tmp_path, frozen):
+    make_model().save(tmp_path / "model")
+    archive = read_archive(tmp_path / "model")
+    archive.config["frozen"] = frozen
+    write_archive(tmp_path / "model", archive)
+    with pytest.raises(ArchiveError, match="frozen parameters"):
+        make_model.cls.load(tmp_path / "model")
+
+
 def test_checkpoints_of_a_run_resume(make_model, tmp_path):
     model = make_model(n_envs=2)
     model.learn(60, callback=CheckpointCallback(10, tmp_path, name_prefix="run"))
