@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
-from sbac.beside import freeze, frozen_parameters
+from sbac.beside import changed_settings, freeze, frozen_parameters, settings_to_restore
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make, require_spaces
@@ -80,7 +80,9 @@ def save(
     for name, tensor in model.policy.state_dict().items():
         file.arrays[f"policy/{name}"] = tensor_to_array(tensor)
     if "optimizer" in parts:
+        config["optimizers"] = {}
         for name, network in model._trained().items():
+            config["optimizers"][name] = changed_settings(name, network.optimizer)
             with without_compiler():
                 states = network.optimizer.state_dict()["state"]
             for index, state in states.items():
@@ -426,6 +428,9 @@ def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
         freeze(model.policy, file.config.get("frozen", []))  # earlier versions did not write it
     except ValueError as error:
         raise ArchiveError(f"{path}: {error}") from error
+    changed = file.config.get("optimizers", {})  # which earlier versions did not write
+    if not isinstance(changed, dict):
+        raise ArchiveError(f"{path}: config.json does not describe the optimizers, but has {changed!r}")
     for name, network in model._trained().items():
         state: dict[int, dict[str, torch.Tensor]] = {}
         try:
@@ -434,8 +439,10 @@ def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
                 state.setdefault(int(index), {})[entry] = array_to_tensor(array)
             for statistics in state.values():
                 require_statistics(network.optimizer, statistics)
+            settings = settings_to_restore(network.optimizer, changed.get(name, {}))
             with without_compiler():
                 groups = network.optimizer.state_dict()["param_groups"]
+                groups[0].update(settings)
                 network.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except ValueError as error:
             raise ArchiveError(f"{path}: the optimizer of the {name} cannot be restored: {error}") from error

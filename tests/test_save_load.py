@@ -255,6 +255,89 @@ def test_training_goes_on_from_the_buffer_bit_for_bit(cls, n_steps, tmp_path):
     assert same_optimizers(loaded, model)
 
 
+class _Counting(torch.optim.Optimizer):
+    """Counts its steps in the group, which make its next ones smaller."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "decay": decay, "k": 0, "seen": (), "last": None})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            group["seen"] = (*group["seen"][-2:], 1 / group["k"])
+            group["last"] = [True, "step", float("inf")]
+            for parameter in group["params"]:
+                parameter.mul_(1 - group["decay"]).sub_(parameter.grad, alpha=group["lr"] * sum(group["seen"]))
+
+
+def test_what_optimizers_count_in_their_groups_goes_on_bit_for_bit(make_model, tmp_path):
+    policy_kwargs = {"net_arch": [8], "optimizer_class": _Counting}
+    model = make_model(policy_kwargs=policy_kwargs).learn(60)
+    for full in (False, True):
+        model.save(tmp_path / "model", full=full)
+        custom_objects = {"policy_kwargs": policy_kwargs}
+        loaded = make_model.cls.load(tmp_path / "model", env=make_model.env_id, custom_objects=custom_objects)
+        for name, network in model._trained().items():
+            ours, theirs = (n.optimizer.param_groups[0] for n in (network, loaded._trained()[name]))
+            assert ours["k"] > 10 and len(ours["seen"]) == 3
+            assert {**ours, "params": None} == {**theirs, "params": None}
+    for m in (model, loaded):
+        m.learn(60, reset_num_timesteps=False)
+    assert same(model, loaded)
+
+    # Without the optimizer, it begins as it is made; so it does of files that do not say.
+    model.save(tmp_path / "model", exclude=["optimizer"])
+    assert "optimizers" not in read_archive(tmp_path / "model").config
+    loaded = make_model.cls.load(tmp_path / "model", custom_objects={"policy_kwargs": policy_kwargs})
+    assert {network.optimizer.param_groups[0]["k"] for network in loaded._trained().values()} == {0}
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_changed_settings_of_optimizers_come_back_but_for_those_that_are_asked_for(cls, tmp_path):
+    model = cls("MlpPolicy", "Pendulum-v1", learning_starts=12, buffer_size=500, seed=0).learn(20)
+    group = model.critic.optimizer.param_groups[0]
+    group["betas"] = (0.5, 0.9)
+    model.save(tmp_path / "model")
+    loaded = cls.load(tmp_path / "model", weight_decay=0.25, critic_learning_rate=0.5)
+    theirs = loaded.critic.optimizer.param_groups[0]
+    assert (theirs["betas"], theirs["weight_decay"], theirs["lr"]) == ((0.5, 0.9), 0.25, 0.5)
+    assert loaded.actor.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+    group["weight_decay"] = 0.5
+    model.save(tmp_path / "model")
+    kwargs = {"optimizer_kwargs": {"betas": (0.7, 0.8)}}
+    theirs = cls.load(tmp_path / "model", policy_kwargs=kwargs).critic.optimizer.param_groups[0]
+    assert (theirs["betas"], theirs["weight_decay"]) == ((0.7, 0.8), 0.5)
+
+
+def test_what_is_no_data_in_a_group_is_left_out_and_told(make_model, tmp_path):
+    model = make_model()
+    name, network = next(iter(model._trained().items()))
+    network.optimizer.param_groups[0] |= {"function": lambda: 3, "distance": torch.ones(1), "number": 4}
+    with pytest.warns(UserWarning, match=rf"of the {name} keeps 'function', 'distance' in its param_groups") as caught:
+        model.save(tmp_path / "model")
+    assert [warning.filename for warning in caught] == [__file__]
+    group = next(iter(make_model.cls.load(tmp_path / "model")._trained().values())).optimizer.param_groups[0]
+    assert group["number"] == 4 and "function" not in group and "distance" not in group
+
+
+@pytest.mark.parametrize(
+    "wrong", [3, {"k": 3}, {"k": [0]}, {"lr": [0.1, 0.2]}, {"params": [None, []]}, {"k": [None, {"__nonsense__": 3}]}]
+)
+def test_settings_of_optimizers_that_are_none_are_refused(make_model, tmp_path, wrong):
+    model = make_model()
+    model.save(tmp_path / "model")
+    for optimizers in (wrong, dict.fromkeys(model._trained(), wrong)):
+        if optimizers == wrong and isinstance(wrong, dict):
+            continue  # of no network
+        archive = read_archive(tmp_path / "model")
+        archive.config["optimizers"] = optimizers
+        write_archive(tmp_path / "wrong", archive)
+        with pytest.raises(ArchiveError, match="optimizer"):
+            make_model.cls.load(tmp_path / "wrong")
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_what_was_frozen_is_frozen_again(make_model, tmp_path, full):
     def frozen(model: BaseAlgorithm) -> list[str]:
