@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sbac.base import BaseAlgorithm
 from sbac.buffers import RolloutBatch, RolloutBuffer
 from sbac.callbacks import MaybeCallback
-from sbac.construction import read_part
+from sbac.construction import FIXED, read_part
 from sbac.envs import EnvironmentLike, Environments
 from sbac.gae import explained_variance, gae
 from sbac.guards import require_constant, require_flag, require_number, require_whole
@@ -74,6 +74,7 @@ class A2C(BaseAlgorithm):
         "MultiInputLstmPolicy": RecurrentActorCritic,
     }
     policy: StochasticActorCritic
+    _fixed = ("n_steps", "rms_prop_eps", "use_rms_prop", *FIXED)
 
     def __init__(
         self,

@@ -132,6 +132,7 @@ class A3C(BaseAlgorithm):
     learns_elsewhere = True
     policy: StochasticActorCritic
     env: RemoteEnvironments  # type: ignore[assignment]  # it knows the spaces, and has nothing to step
+    _fixed = ("use_rms_prop", "layer_norm", "normalize_obs", "normalize_reward", "n_envs")
 
     def __init__(
         self,

@@ -14,12 +14,46 @@ from sbac.guards import nearest
 
 _Part = TypeVar("_Part")
 
+# The arguments that are fixed in each algorithm whose networks are in the process that made them.
+FIXED = ("weight_decay", "layer_norm", "dropout", "normalize_obs", "normalize_reward", "n_envs")
+
+
+class Fixed:
+    """An attribute that is set while a model is made, and refuses other values from then on.
+
+    For arguments from which parts were built: a new value would do nothing until the model was saved and loaded. There
+    is no `__get__`, so that reading takes what every attribute takes.
+
+    Args:
+        name: The attribute's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __set__(self, model: Any, value: Any) -> None:
+        name, attributes = self._name, vars(model)
+        if not attributes.get("_is_made"):
+            attributes[name] = value
+        elif value != attributes.get(name):
+            raise AttributeError(
+                f"{type(model).__name__}: {name} is {attributes.get(name)!r} since the model was made, and cannot be "
+                f"changed to {value!r}: make another model with {name}={value!r}, or, where its networks keep their "
+                f"form, save this one and load it with load(path, {name}={value!r})"
+            )
+
 
 class Constructed(ABCMeta):
     """The class of algorithm classes. Looks at the arguments of a constructor before the constructor does."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {}
+    _fixed: ClassVar[Sequence[str]] = ()  # attributes from which parts are built: see `Fixed`
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(name, bases, namespace, **kwargs)
+        for argument in namespace.get("_fixed", ()):
+            setattr(cls, argument, Fixed(argument))
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -53,7 +87,9 @@ class Constructed(ABCMeta):
             networks = cls.presets[preset].get("policy_kwargs", {})
             kwargs = {**filled, **kwargs}
             kwargs["policy_kwargs"] = {**networks, **(kwargs.get("policy_kwargs") or {})}
-        return super().__call__(*args, **kwargs)
+        model = super().__call__(*args, **kwargs)
+        model._is_made = True
+        return model
 
 
 def argument_names(cls: type) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sbac.base import BaseAlgorithm
 from sbac.buffers import ReplayBatch, ReplayBuffer
 from sbac.callbacks import MaybeCallback
-from sbac.construction import read_part
+from sbac.construction import FIXED, read_part
 from sbac.deterministic import Actor, CnnDeterministicActorCritic, Critic, DeterministicActorCritic
 from sbac.envs import EnvironmentLike, Environments, Step
 from sbac.guards import (
@@ -103,6 +103,7 @@ class DDPG(BaseAlgorithm):
         },
     }
     policy: DeterministicActorCritic
+    _fixed = ("buffer_size", "train_freq", "n_steps", "n_critics", *FIXED)
     _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {
         "learning_rate": ("actor_learning_rate", "critic_learning_rate")
     }

@@ -655,6 +655,53 @@ def test_a_subclass_may_pass_its_arguments_on(make_model):
         Own("MlpPolicy", make_model.env_id, gama=0.9)
 
 
+# Attributes.
+
+
+def test_attributes_from_which_parts_are_built_refuse_other_values(make_model, tmp_path):
+    model = make_model()
+    given: dict[str, Any] = {"n_steps": 3, "weight_decay": 0.25, "dropout": 0.5, "layer_norm": True, "n_envs": 2}
+    if make_model.cls is A2C:
+        given |= {"rms_prop_eps": 1e-3, "use_rms_prop": False}
+    else:
+        given |= {"train_freq": 10, "buffer_size": 50, "n_critics": 3}
+    loadable = {"n_steps", "train_freq", "buffer_size", "weight_decay", "rms_prop_eps"}
+    model.save(tmp_path / "model")
+    for copied in (
+        model,
+        copy.deepcopy(model),
+        make_model.cls.load(tmp_path / "model"),
+        make_model().load(tmp_path / "model"),
+    ):
+        for name, value in given.items():
+            before = getattr(copied, name)
+            with pytest.raises(AttributeError, match=rf"{name} is .* load\(path, {name}={value!r}\)"):
+                setattr(copied, name, value)
+            assert getattr(copied, name) == before
+            setattr(copied, name, before)
+    for name in loadable & given.keys():  # what the message promises
+        assert getattr(make_model.cls.load(tmp_path / "model", **{name: given[name]}), name) == given[name]
+
+    # Others count from the next step on.
+    model.gamma, model.max_grad_norm, model.n_threads = 0.5, 3.0, 1
+    if make_model.cls is not A2C:
+        model.batch_size, model.tau, model.learning_starts, model.gradient_steps = 4, 0.5, 20, 3
+        model.learn(30)
+        assert model.n_updates == 3 * 10
+
+
+def test_a_subclass_makes_its_attributes_in_any_order(make_model):
+    base: Any = make_model.cls
+
+    class Own(base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.n_steps = 7
+            super().__init__(*args, **kwargs)
+            self.n_steps = 2
+
+    assert Own("MlpPolicy", make_model.env_id).n_steps == 2
+
+
 # Parameters.
 
 
