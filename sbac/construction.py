@@ -50,10 +50,9 @@ class Constructed(ABCMeta):
     _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {}
     _fixed: ClassVar[Sequence[str]] = ()  # attributes from which parts are built: see `Fixed`
 
-    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(name, bases, namespace, **kwargs)
-        for argument in namespace.get("_fixed", ()):
-            setattr(cls, argument, Fixed(argument))
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> Constructed:
+        fixed = {argument: Fixed(argument) for argument in namespace.get("_fixed", ())}
+        return super().__new__(mcs, name, bases, {**fixed, **namespace}, **kwargs)
 
     @property
     def __signature__(cls) -> inspect.Signature:
