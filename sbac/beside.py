@@ -1,4 +1,7 @@
-"""What of a policy goes into a file beside tensors: which weights are frozen, what optimizers count in their groups."""
+"""What of a policy goes into a file beside tensors.
+
+Which layers it is made of, which weights are frozen, and what optimizers count in their groups.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,57 @@ import torch
 from torch import nn
 
 from sbac.codec import decode, encode
+
+_MAX_NAMED = 3  # layers that a message names
+
+
+def layers(policy: nn.Module) -> dict[str, str]:
+    """The layers of a policy by their names, in words: those of torch with their settings, a user's own by their class.
+
+    Weights do not tell an activation from another. sbac's own modules are left out, which follow from the arguments.
+    """
+    described = {}
+    for name, module in policy.named_modules(remove_duplicate=False):
+        kind = type(module)
+        if kind.__module__.startswith("torch.") and next(module.children(), None) is None:
+            described[name] = f"{kind.__name__}({module.extra_repr()})"
+        elif name and not kind.__module__.startswith(("torch.", "sbac.")):
+            described[name] = kind.__name__  # what it would say of itself may change, and hold addresses
+    return described
+
+
+def differing_layers(policy: nn.Module, stored: Any, with_settings: bool) -> list[str]:
+    """What is to be said of layers that differ from those of a file, one line if any.
+
+    Said and not refused: the weights fit, and whoever changed a layer by hand can change it again. torch may also come
+    to name a layer otherwise.
+
+    Args:
+        policy: The policy, which has its weights already.
+        stored: From a file, as `layers` gave it, or None of an earlier version.
+        with_settings: Whether those of each layer count; another version of torch may word them otherwise.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if stored is None:
+        return []
+    if not isinstance(stored, dict) or not all(isinstance(words, str) for words in stored.values()):
+        raise ValueError(f"the layers of its policy are {stored!r}")
+    now = layers(policy)
+
+    def what_counts(words: str | None) -> str | None:
+        return words if words is None or with_settings else words.partition("(")[0]
+
+    differing = [name for name in {**stored, **now} if what_counts(stored.get(name)) != what_counts(now.get(name))]
+    if not differing:
+        return []
+    named = [f"{name} is {now.get(name, 'none')}, was {stored.get(name, 'none')}" for name in differing[:_MAX_NAMED]]
+    more = f", and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
+    return [
+        f"the weights fit, but the policy has other layers than the one that was saved, and computes something else: "
+        f"{'; '.join(named)}{more}. Change them as they were changed before, or let policy_kwargs make them"
+    ]
 
 
 def frozen_parameters(policy: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
-from sbac.beside import changed_settings, freeze, frozen_parameters, settings_to_restore
+from sbac.beside import changed_settings, differing_layers, freeze, frozen_parameters, layers, settings_to_restore
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make, require_spaces
@@ -75,7 +75,7 @@ def save(
             "env_id": None if model.env is None else model.env.env_id,
         }
     )
-    config["frozen"] = frozen_parameters(model.policy)
+    config |= {"layers": layers(model.policy), "frozen": frozen_parameters(model.policy)}
     file = Archive(meta=_meta(model), config=config, objects=objects)
     for name, tensor in model.policy.state_dict().items():
         file.arrays[f"policy/{name}"] = tensor_to_array(tensor)
@@ -152,7 +152,7 @@ def load(
         if overrides:
             raise  # may be about those, which are the caller's
         raise ArchiveError(f"{path}: no model can be made from its arguments: {error}") from error
-    for remark in [*remarks, *_restore(model, file, path)]:
+    for remark in [*remarks, *_restore(model, file, path, bool(overrides))]:
         warnings.warn(remark, stacklevel=3)
     return model
 
@@ -182,7 +182,8 @@ def restore(model: Any, path: PathLike, segments: Segments) -> tuple[dict[str, A
     except ValueError as error:
         raise ArchiveError(f"{path}: the state of the run cannot be read: {error}") from error
     require_spaces(model, _stored_spaces(file, path, model.n_envs, instead=model), f"the run of {path}")
-    remarks = [*_changed_arguments(model, file), *_restore(model, file, path)]
+    remarks = _changed_arguments(model, file)
+    remarks += _restore(model, file, path, bool(remarks))
     if "replay_segments" in file.state and _has_same_environments(model, file):
         segments.adopt(file.state["replay_segments"], model.replay_buffer)
     return run, remarks
@@ -284,13 +285,20 @@ def _changed_arguments(model: Any, file: Archive) -> list[str]:
     return [f"the run is resumed with other arguments than it had: {values}"]
 
 
-def _restore(model: Any, file: Archive, path: Any) -> list[str]:
-    """Give a model what a file holds besides its constructor arguments; returns what is to be said of it."""
+def _restore(model: Any, file: Archive, path: Any, is_changed: bool) -> list[str]:
+    """Give a model what a file holds besides its constructor arguments; returns what is to be said of it.
+
+    Args:
+        model: The model.
+        file: The file.
+        path: Where it lies.
+        is_changed: Whether the model was made with other arguments on purpose.
+    """
     if file.state is not None and "replay_segments" in file.state:
         # Before anything of the model is touched.
         apart = _read_apart(file.state["replay_segments"], path)
         file.arrays.update({f"state/replay_buffer/{name}": array for name, array in apart.items()})
-    _load_weights(model, file, path)
+    said = _load_weights(model, file, path, is_changed)
     counters = file.meta.get("counters")
     for name in COUNTERS:
         count = counters.get(name, 0) if isinstance(counters, dict) else None
@@ -300,10 +308,10 @@ def _restore(model: Any, file: Archive, path: Any) -> list[str]:
             setattr(model, name, count)
     model._obs = None
     if file.state is None:
-        return []
+        return said
     recordings, obs = None, None
     try:
-        remarks = _set_state(model, file)
+        remarks = [*said, *_set_state(model, file)]
         if model.env is not None and _has_same_environments(model, file):
             recordings = _recordings(model, file)
             if recordings is not None:
@@ -421,11 +429,15 @@ def _meta(model: BaseAlgorithm) -> dict[str, Any]:
     return {"class": type(model).__name__, "counters": counters}
 
 
-def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
+def _load_weights(model: BaseAlgorithm, file: Archive, path: Any, is_changed: bool) -> list[str]:
     weights = {name: array_to_tensor(array) for name, array in _below(file.arrays, "policy/").items()}
+    versions = file.meta.get("versions")
+    is_same_torch = isinstance(versions, dict) and versions.get("torch") == torch.__version__
     try:
         load_policy(model.policy, weights)
-        freeze(model.policy, file.config.get("frozen", []))  # earlier versions did not write it
+        # Earlier versions wrote neither.
+        remarks = differing_layers(model.policy, file.config.get("layers"), is_same_torch and not is_changed)
+        freeze(model.policy, file.config.get("frozen", []))
     except ValueError as error:
         raise ArchiveError(f"{path}: {error}") from error
     changed = file.config.get("optimizers", {})  # which earlier versions did not write
@@ -446,6 +458,7 @@ def _load_weights(model: BaseAlgorithm, file: Archive, path: Any) -> None:
                 network.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except ValueError as error:
             raise ArchiveError(f"{path}: the optimizer of the {name} cannot be restored: {error}") from error
+    return remarks
 
 
 def _state(model: Any, parts: set[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -409,6 +409,54 @@ def test_frozen_parameters_that_the_policy_does_not_have_are_refused(make_model,
         make_model.cls.load(tmp_path / "model")
 
 
+def _said(load: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load()
+    assert all(warning.filename == __file__ for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_layers_without_weights_that_differ_are_told(make_model, tmp_path):
+    model, load = make_model(), make_model.cls.load
+    model.save(tmp_path / "model")
+    assert not _said(lambda: load(tmp_path / "model"))
+
+    net = "policy_net" if hasattr(model.policy, "policy_net") else "actor.mu"
+    was = type(model.policy.get_submodule(f"{net}.1")).__name__
+    model.policy.get_submodule(net)[1] = torch.nn.LeakyReLU(0.3)
+    model.save(tmp_path / "model")
+    for said in (_said(lambda: load(tmp_path / "model")), _said(lambda: make_model().load(tmp_path / "model"))):
+        assert len(said) == 1 and f"{net}.1 is {was}(), was LeakyReLU(negative_slope=0.3). " in said[0]
+
+    # Another version of torch may word settings otherwise, and earlier ones of sbac wrote no layers.
+    archive = read_archive(tmp_path / "model")
+    archive.config["layers"][f"{net}.1"] = f"{was}(worded=otherwise)"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        write_archive(tmp_path / "other", archive)
+    assert not _said(lambda: load(tmp_path / "other"))
+    write_archive(tmp_path / "same", archive)
+    assert len(_said(lambda: load(tmp_path / "same"))) == 1
+    del archive.config["layers"]
+    write_archive(tmp_path / "earlier", archive)
+    assert not _said(lambda: load(tmp_path / "earlier"))
+    archive.config["layers"] = ["ReLU()"]
+    write_archive(tmp_path / "wrong", archive)
+    with pytest.raises(ArchiveError, match="the layers of its policy are"):
+        load(tmp_path / "wrong")
+
+
+def test_an_activation_that_is_forgotten_in_policy_kwargs_is_told_and_what_is_asked_for_is_not(make_model, tmp_path):
+    load = make_model.cls.load
+    kwargs = {"net_arch": [8], "activation_fn": torch.nn.ELU}
+    make_model(policy_kwargs=kwargs, dropout=0.25).save(tmp_path / "model")
+    assert not _said(lambda: load(tmp_path / "model", custom_objects={"policy_kwargs": kwargs}))
+    assert not _said(lambda: load(tmp_path / "model", dropout=0.5))
+    (said,) = _said(lambda: load(tmp_path / "model", custom_objects={"policy_kwargs": {"net_arch": [8]}}))
+    assert "was ELU(alpha=1.0)" in said
+
+
 def test_checkpoints_of_a_run_resume(make_model, tmp_path):
     model = make_model(n_envs=2)
     model.learn(60, callback=CheckpointCallback(10, tmp_path, name_prefix="run"))
