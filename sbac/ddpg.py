@@ -103,7 +103,7 @@ class DDPG(BaseAlgorithm):
         },
     }
     policy: DeterministicActorCritic
-    _fixed = ("buffer_size", "train_freq", "n_steps", "n_critics", *FIXED)
+    _fixed: ClassVar[Sequence[str]] = ("buffer_size", "train_freq", "n_steps", "n_critics", *FIXED)
     _shorthands: ClassVar[Mapping[str, Sequence[str]]] = {
         "learning_rate": ("actor_learning_rate", "critic_learning_rate")
     }

@@ -876,6 +876,7 @@ def statements(cls: type[BaseAlgorithm], name: str) -> list[str]:
 SHARED = {
     "policy_aliases",
     "policy",
+    "_fixed",
     "_shorthands",
     "learn",
     "_explore",
