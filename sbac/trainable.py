@@ -64,6 +64,7 @@ class Trainable(nn.Module):
         self._known = list(self.parameters())
         self._leaves = [parameter for parameter in self._known if parameter.requires_grad]
         self._left_out = [parameter for parameter in self._known if not parameter.requires_grad]
+        self._frozen_versions: list[int] = []  # of those that a target network follows
         kinds = {(leaf.dtype, leaf.device) for leaf in self._leaves}
         if len(kinds) != 1:
             raise ValueError(
@@ -358,13 +359,17 @@ class Trainable(nn.Module):
     def follow(self, source: Trainable, tau: float) -> None:
         """Soft update of a target network: theta' <- tau theta + (1 - tau) theta'. `tau=1` copies.
 
-        Buffers that are no parameters (running statistics of normalisation layers) are copied.
+        What does not learn is copied: buffers (running statistics of normalisation layers), and weights that have been
+        frozen from the beginning, where somebody changed them.
         """
         self.take_changes()
         source.take_changes()
         self.flat.data.lerp_(source.flat.data, tau)
-        for frozen, its in zip(self._left_out, source._left_out, strict=True):  # which somebody may have loaded
-            frozen.data.lerp_(its.data, tau)
+        versions = [frozen._version for frozen in source._left_out]
+        if versions != self._frozen_versions:  # somebody loaded others
+            for own_frozen, its in zip(self._left_out, source._left_out, strict=True):
+                own_frozen.data.copy_(its.data)
+            self._frozen_versions = versions
         for own, other in zip(self._buffers_now(), source._buffers_now(), strict=True):
             own.data.copy_(other.data)
 

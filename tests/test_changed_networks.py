@@ -212,14 +212,14 @@ class FrozenBody(nn.Module):
 
 def test_targets_follow_frozen_weights_that_somebody_loaded() -> None:
     kwargs = {"features_extractor_class": FrozenBody, **SMALL}
-    model = TD3("MlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, tau=0.5, policy_delay=1, **OFF_POLICY)
-    own, target = (network.features_extractor.layer.weight for network in (model.critic, model.critic_target))
-    with torch.no_grad():
-        own.fill_(1.0)
-        target.fill_(0.0)
-    model.learn(22)  # two gradient steps
-    assert (own == 1).all()
-    torch.testing.assert_close(target, torch.full((3, 3), 0.75))
+    model = TD3("MlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, tau=0.5, policy_delay=1, **OFF_POLICY).learn(24)
+    own, target = (network.features_extractor.layer for network in (model.critic, model.critic_target))
+    other = FrozenBody(model.observation_space).layer
+    assert not torch.equal(own.weight, other.weight)
+    own.load_state_dict(other.state_dict())
+    model.learn(1, reset_num_timesteps=False)
+    for layer in (own, target):
+        assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
 
 
 # Batches that a derived buffer changes.
