@@ -1,6 +1,7 @@
 """Whether modules are still what they were when somebody looked, and whether anybody looks on at what they do.
 
-Where operations are written out instead of going through modules and autograd, these are asked at each use.
+Where operations are written out instead of going through modules and autograd, or parameters lie in one tensor, these
+are asked at each use.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Trainable(nn.Module):
     optimizer: torch.optim.Optimizer
 
     def flatten(self) -> None:
-        """Lay the parameters out in one tensor. To be called once, after construction and the move to a device.
+        """Lay the parameters out in one tensor. To be called after construction and the move to a device.
 
         Raises:
             ValueError: There is none that requires a gradient, or they are of several dtypes or devices.

@@ -120,9 +120,9 @@ def test_a_layer_with_modes_that_is_put_in_is_still_as_the_model_predicts() -> N
     model.learn(20)
     obs = np.float32([0.1, 0.2, 0.3, 0.4])
     model.predict(obs, deterministic=True)
-    read = model.policy.get_distribution
+    policy: Any = model.policy
     with torch.no_grad():
-        logits = [read(torch.as_tensor(obs[None])).logits for _ in range(5)]  # type: ignore[attr-defined]
+        logits = [policy.get_distribution(torch.as_tensor(obs[None])).logits for _ in range(5)]
     assert all(torch.equal(logits[0], other) for other in logits)
 
 
