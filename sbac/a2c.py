@@ -201,7 +201,7 @@ class A2C(BaseAlgorithm):
                 if self.rollout_buffer.size() > 0:
                     batch = self.rollout_buffer.get()
                     batch = batch._replace(reward=self.policy.normalize_reward(batch.reward))
-                    with self._own_randomness():
+                    with self._updating():
                         self._log(self._update(batch))
                 self.rollout_buffer.reset()
                 self._n_rollouts += 1

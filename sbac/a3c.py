@@ -71,7 +71,8 @@ def actor_learner(model: A3C, env: Environments, shared: Transport) -> None:
         policy.set_training_mode(True)
         model.num_timesteps = shared.count() + rollout.size()
         batch = rollout.get()
-        numbers = model._gradient(batch._replace(reward=policy.normalize_reward(batch.reward)))
+        with model._glance.at(policy, model):
+            numbers = model._gradient(batch._replace(reward=policy.normalize_reward(batch.reward)))
 
         # Update: theta <- theta - eta dtheta / sqrt(g + eps), asynchronously: nobody waits for anybody.
         shared.push(policy, model._now(model.learning_rate))

@@ -31,6 +31,7 @@ from sbac.envs import (
 )
 from sbac.guards import nearest, require_flag, require_whole
 from sbac.logged import Logged
+from sbac.look import Glance
 from sbac.memory import keep_freed_memory
 from sbac.networks import describe
 from sbac.observations import as_batch
@@ -130,6 +131,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         self._callback: BaseCallback | None = None
         self._deferred: list[Callable[[], None]] = []
         self._is_learning = False
+        self._glance = Glance()
 
     # What an algorithm provides.
 
@@ -333,13 +335,14 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
             self._deferred.pop(0)()
 
     @contextlib.contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """While an update runs, torch's global generator (of dropout, say) is the model's; then it is as before."""
+    def _updating(self) -> Iterator[None]:
+        """Around an update: torch's global generator, of dropout, say, is the model's, and looks are made but once."""
         generator = torch.default_generator
         before = generator.get_state()
         generator.set_state(self._update_state)
         try:
-            yield
+            with self._glance.at(self.policy, self):
+                yield
         finally:
             self._update_state = generator.get_state()
             generator.set_state(before)

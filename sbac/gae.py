@@ -173,7 +173,5 @@ def explained_variance(value: Tensor, return_: Tensor) -> Tensor:
     Returns:
         A scalar: 1 is perfect, 0 no better than a constant, below 0 worse. 0 where the returns do not vary.
     """
-    spread = return_.var(correction=0)
-    if not spread > 0:
-        return torch.zeros_like(spread)
-    return 1 - (return_ - value).var(correction=0) / spread
+    spread, left = torch.stack((return_, return_ - value)).flatten(1).var(1, correction=0)
+    return 1 - left / spread if spread > 0 else torch.zeros_like(spread)

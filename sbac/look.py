@@ -6,7 +6,9 @@ are asked at each use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, contains
 from typing import Any
@@ -14,6 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+
+
+class _Trust(threading.local):
+    """What a thread takes as known while nobody but sbac and torch does anything to a policy.
+
+    Attributes:
+        token: Stands for what the policy consists of, and is another where that is; None where nothing is known.
+    """
+
+    token: object | None = None
+
+
+_trust = _Trust()
 
 
 class Look:
@@ -37,9 +52,18 @@ class Look:
         self._addresses = [*map(_address, self.parameters)]
         self._hooks = [hooks for module in called for hooks in _hooks(module)]
         self._attributes = [module.__dict__ for module in called]
+        self._token = _trust.token  # under which it was true
 
     def is_still_so(self) -> bool:
         """Whether the modules hold the same parts and parameters, in the same memory; not if nobody has looked yet."""
+        token = _trust.token
+        if token is None or token is not self._token:
+            if not self._is_the_same():
+                return False
+            self._token = token
+        return True
+
+    def _is_the_same(self) -> bool:
         try:
             # Python asks for equality only what is not the same object, and two tensors then have no single answer.
             if not self._held or self._holders != self._held:
@@ -52,10 +76,14 @@ class Look:
 
     def is_hooked(self) -> bool:
         """Whether somebody hooked into one of the modules, or gave it another `forward`."""
+        if _trust.token is not None:
+            return False
         return any(self._hooks) or any(map(contains, self._attributes, repeat("forward")))
 
     def has_hooks_of_gradients(self) -> bool:
         """Whether somebody is to be told of a parameter's gradient."""
+        if _trust.token is not None:
+            return False
         return any(map(_hooks_before, self.parameters)) or any(map(_hooks_after, self.parameters))
 
 
@@ -66,14 +94,57 @@ _address, _hooks_before, _hooks_after = (
 )
 
 
+class Glance:
+    """One look at a whole policy, at the beginning of an update, in place of one at each part whenever it is used."""
+
+    def __init__(self) -> None:
+        self._look = Look()
+        self._are_ours = False
+        self._token = object()
+
+    @contextlib.contextmanager
+    def at(self, policy: nn.Module, model: object) -> Iterator[None]:
+        """While it lasts, what looks find of a policy is taken to hold, until `forget`.
+
+        If somebody hooked into it, looks on, or wrote one of its modules or the model, then each part is looked at as
+        ever: what is neither sbac's nor torch's own may change anything at any time.
+
+        Args:
+            policy: What is looked at.
+            model: Whose update it is.
+        """
+        before, _trust.token = _trust.token, None
+        if not self._look.is_still_so():
+            modules = [*policy.modules()]
+            self._look, self._token = Look(modules), object()
+            self._are_ours = all(map(_is_ours, modules))
+        look = self._look
+        is_quiet = not (look.is_hooked() or look.has_hooks_of_gradients() or is_watched())
+        if is_quiet and self._are_ours and _is_ours(model) and "_update" not in vars(model):
+            _trust.token = self._token
+        try:
+            yield
+        finally:
+            _trust.token = before
+
+
+def forget() -> None:
+    """Look at everything again: somebody found something changed, or changed it."""
+    _trust.token = None
+
+
+def _is_ours(thing: object) -> bool:
+    return type(thing).__module__.startswith(("sbac.", "torch.nn."))
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody hooked into a module, or gave it another `forward`."""
-    return "forward" in module.__dict__ or any(_hooks(module))
+    return _trust.token is None and ("forward" in module.__dict__ or any(_hooks(module)))
 
 
 def is_watched() -> bool:
     """Whether torch looks at each operation: it traces, compiles, transforms, counts or casts."""
-    return bool(
+    return _trust.token is None and bool(
         torch.is_autocast_enabled("cpu")
         or torch._C._is_tracing()
         or torch.compiler.is_compiling()

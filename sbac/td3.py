@@ -314,7 +314,7 @@ class TD3(BaseAlgorithm):
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size or self.batch_size, self._now(self.gamma), self._progress())
             batch = batch._replace(reward=self.policy.normalize_reward(batch.reward))
-            with self._own_randomness():
+            with self._updating():
                 numbers = self._update(batch)
             self.replay_buffer.update_priorities(batch, numbers["td_error"])
             self._log(numbers)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sbac.guards import NotFiniteError
-from sbac.look import Look
+from sbac.look import Look, forget
 from sbac.optimization import initial_state, without_compiler
 from sbac.perceptron import Gradient
 
@@ -133,6 +133,7 @@ class Trainable(nn.Module):
 
     def _bind(self) -> None:
         """Make the leaves views of `flat`, whose values they take over."""
+        forget()
         flat = self.flat.detach()
         self._before = flat.clone()
         self._gradient = self.flat.grad = torch.zeros_like(flat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from sbac import A2C, A3C, DDPG, TD3
-from sbac.buffers import ReplayBuffer, RolloutBatch, RolloutBuffer
+from sbac.buffers import ReplayBatch, ReplayBuffer, RolloutBatch, RolloutBuffer
+from sbac.look import Look
 from sbac.policies import StochasticActorCritic
 from sbac.trainable import Trainable
 
@@ -114,6 +116,20 @@ def test_weights_that_are_assigned_learn_without_acting() -> None:
     assert all(moved([model.actor, model.critic, model.actor_target], lambda: model.train(4)))
 
 
+@pytest.mark.parametrize("part", ["critic", "actor"])
+def test_an_equal_layer_in_place_of_another_changes_nothing(part: str) -> None:
+    flats = []
+    for is_replaced in (False, True):
+        model = DDPG("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **OFF_POLICY).learn(30)
+        if is_replaced:
+            # The critic's step moves it, along which the actor's then goes.
+            layers: Any = model.critic.q_networks[0].q_net if part == "critic" else model.actor.mu
+            layers[0] = copy.deepcopy(layers[0])
+        model.train(3)
+        flats.append(torch.cat([model.critic.flat, model.actor.flat]))
+    assert torch.equal(*flats)
+
+
 def test_a_layer_with_modes_that_is_put_in_is_still_as_the_model_predicts() -> None:
     model = a2c()
     model.policy.policy_net.insert(2, nn.Dropout(0.5))
@@ -155,6 +171,93 @@ def test_learning_turns_gradients_on(around: Callable[[], Any], layer_norm: bool
         one.learn(40)
         assert not torch.is_grad_enabled()
     assert torch.equal(one.policy.flat, other.learn(40).policy.flat)
+
+
+# One look for an update, where nobody else can change anything in the meantime.
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+    """Those that were made, and not taken for granted."""
+    made: list[Look] = []
+    look = Look._is_the_same
+    monkeypatch.setattr(Look, "_is_the_same", lambda self: made.append(self) or look(self))  # type: ignore[func-returns-value]
+    return made
+
+
+def hook(model: Any, calls: list[Any]) -> Any:
+    return model.critic.q_networks[0].q_net[0].register_forward_hook(lambda *_: calls.append(1))
+
+
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_networks_are_looked_at_once_in_an_update(cls: Any, looks: list[Look]) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **OFF_POLICY).learn(30)
+    looks.clear()
+    model.train(4)
+    assert len(looks) == 4 and len({*map(id, looks)}) == 1
+    calls: list[Any] = []
+    handle = hook(model, calls)
+    model.train(4)
+    assert calls and len(looks) > 12  # at each part, since a hook may do anything
+    handle.remove()
+    model.train(2)
+    calls.clear(), looks.clear()
+    model.train(4)
+    assert not calls and len(looks) == 4
+
+
+class HooksIn(TD3):
+    """Looks into its critic while it learns."""
+
+    calls: list[Any]
+
+    def _update(self, batch: ReplayBatch) -> dict[str, Tensor]:
+        handle = hook(self, self.calls)
+        numbers = super()._update(batch)
+        handle.remove()
+        return numbers
+
+
+@pytest.mark.parametrize("how", ["a class", "an attribute"])
+def test_an_update_of_somebody_else_may_hook_into_the_networks(how: str) -> None:
+    cls = HooksIn if how == "a class" else TD3
+    model = cls("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **OFF_POLICY)
+    calls: list[Any] = []
+    if isinstance(model, HooksIn):
+        model.calls = calls
+    model.learn(30)
+    if how == "an attribute":
+        update = model._update
+
+        def hooked(batch: ReplayBatch) -> dict[str, Tensor]:
+            handle = hook(model, calls)
+            numbers = update(batch)
+            handle.remove()
+            return numbers
+
+        model._update = hooked  # type: ignore[method-assign]
+    calls.clear()
+    model.train(4)
+    assert len(calls) == 6  # four steps of the critic, two of the actor
+
+
+class Blinds(nn.Linear):
+    """Of somebody else: puts zeros in place of another network's first layer whenever it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layers[0].weight = nn.Parameter(torch.zeros_like(self.layers[0].weight))
+        return super().forward(x)
+
+
+def test_what_a_module_of_somebody_else_changes_is_seen_at_once() -> None:
+    model = td3().learn(20)
+    model.actor.mu[2] = Blinds(16, 16)
+    object.__setattr__(model.actor.mu[2], "layers", [nn.Linear(1, 1)])
+    assert all(moved([model.actor], lambda: model.train(2)))
+    model = td3().learn(20)
+    model.actor.mu[2] = Blinds(16, 16)
+    object.__setattr__(model.actor.mu[2], "layers", model.critic.q_networks[0].q_net)
+    assert not any(moved([model.actor], lambda: model.train(2)))  # Q no longer depends on the action
 
 
 def test_to_train_without_gradients_is_refused() -> None:

@@ -174,7 +174,7 @@ def test_updates_equal_those_by_autograd(n_critics: int, action_layer: int, coun
     for model, is_together in zip(models, (True, False), strict=True):
         counted.clear()
         model.n_updates = 1  # the next update is one of the actor too
-        with model._own_randomness():
+        with model._updating():
             numbers.append(model._update(batch))
         # Of targets and critics; where the action joins late, below and above.
         assert len(counted) == (2 * (1 + (action_layer > 0)) if is_together else 0)

@@ -345,7 +345,7 @@ def test_updates_of_ddpg_and_td3_equal_those_by_autograd(cls: Any, net_arch: lis
     for model in models:
         assert isinstance(model.policy, DeterministicActorCritic)
         model.n_updates = 1  # the next update is one of TD3's actor too
-        with model._own_randomness():
+        with model._updating():
             model._update(batch)
     for name in ("actor", "critic"):
         gradients = [getattr(model, name)._gradient for model in models]

@@ -82,7 +82,7 @@ class OneStepActorCritic(BaseAlgorithm):
                 # Step, and learn from it: `successor` is the true s', `obs` is where to act next.
                 step = self.env.step(action)
                 self.policy.set_learning_rate(self._now(self.learning_rate))
-                with self._own_randomness():
+                with self._updating():
                     self._log(self._update(obs, action, step))
                 if not self._after_step(callback, action, step):
                     break

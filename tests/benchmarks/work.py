@@ -196,7 +196,7 @@ def floor(batch: int, net_arch: tuple[int, int], obs_dim: int, action_dim: int) 
 
         def update(n: int) -> None:
             for _ in range(n):
-                with model._own_randomness():
+                with model._updating():
                     model._update(drawn)
                 model.n_updates += 1
 
