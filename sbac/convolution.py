@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sbac.look import Look, is_watched
+from sbac.look import Look
 from sbac.perceptron import ALL, Gradient, Trace, is_usual, through_activation
 
 
@@ -47,8 +47,8 @@ class Convolutions:
             part: Any = self._owner._modules[self._name]
             self._look = Look([self._owner, part, *part._modules.values()], [part, *part._modules.values()])
             self._layers = _plain_layers(part)
-        is_seen = self._look.is_hooked() or is_watched() or self._look.has_hooks_of_gradients()
-        if not self._layers or is_seen or x.dim() != 4 or x.dtype is not torch.float32:
+        is_plain = self._layers and self._look.is_left_alone(with_way_back=True)
+        if not is_plain or x.dim() != 4 or x.dtype is not torch.float32:
             return None
         kept = [x.detach()]
         for layer in self._layers:

@@ -15,7 +15,7 @@ from sbac.adapters import Step
 from sbac.bodies import Body, NetArch, check_module_class, image_extractor, make_extractor, split_net_arch
 from sbac.ensemble import Ensemble, EnsembleTrace
 from sbac.guards import require_constant, require_whole
-from sbac.look import Look, is_hooked, is_watched
+from sbac.look import Look, is_hooked
 from sbac.networks import (
     BaseFeaturesExtractor,
     FlattenExtractor,
@@ -303,7 +303,7 @@ class Critic(Trainable):
         if not self._ways.look.is_still_so():
             self._ways = _find_ways(self)
         look, each, together = self._ways
-        if not each or look.is_hooked() or is_watched() or (with_way_back and look.has_hooks_of_gradients()):
+        if not (each and look.is_left_alone(with_way_back)):
             return None
         features = _features_without_learning(self, obs)
         if features is None or features.dtype is not torch.float32 or features.dim() != 2:

@@ -6,12 +6,11 @@ are asked at each use.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, contains
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,24 +73,27 @@ class Look:
             return False
         return [*map(_address, self.parameters)] == self._addresses
 
+    def is_left_alone(self, with_way_back: bool = False) -> bool:
+        """Whether nobody hooked into one of the modules, gave it another `forward`, or looks on at what torch does.
+
+        Args:
+            with_way_back: Nor is to be told of a parameter's gradient.
+        """
+        if _trust.token is not None:
+            return True
+        if self.is_hooked() or _is_watched():
+            return False
+        return not (with_way_back and any(any(map(hooks, self.parameters)) for hooks in _HOOKS_OF_GRADIENTS))
+
     def is_hooked(self) -> bool:
         """Whether somebody hooked into one of the modules, or gave it another `forward`."""
         if _trust.token is not None:
             return False
         return any(self._hooks) or any(map(contains, self._attributes, repeat("forward")))
 
-    def has_hooks_of_gradients(self) -> bool:
-        """Whether somebody is to be told of a parameter's gradient."""
-        if _trust.token is not None:
-            return False
-        return any(map(_hooks_before, self.parameters)) or any(map(_hooks_after, self.parameters))
 
-
-_address, _hooks_before, _hooks_after = (
-    Tensor.data_ptr,
-    attrgetter("_backward_hooks"),
-    attrgetter("_post_accumulate_grad_hooks"),
-)
+_address = Tensor.data_ptr
+_HOOKS_OF_GRADIENTS = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
 class Glance:
@@ -101,10 +103,11 @@ class Glance:
         self._look = Look()
         self._are_ours = False
         self._token = object()
+        self._found: object | None = None
+        self._before: object | None = None
 
-    @contextlib.contextmanager
-    def at(self, policy: nn.Module, model: object) -> Iterator[None]:
-        """While it lasts, what looks find of a policy is taken to hold, until `forget`.
+    def at(self, policy: nn.Module, model: object) -> Self:
+        """Within this (``with``), what looks find of a policy is taken to hold, until `forget`.
 
         If somebody hooked into it, looks on, or wrote one of its modules or the model, then each part is looked at as
         ever: what is neither sbac's nor torch's own may change anything at any time.
@@ -118,14 +121,16 @@ class Glance:
             modules = [*policy.modules()]
             self._look, self._token = Look(modules), object()
             self._are_ours = all(map(_is_ours, modules))
-        look = self._look
-        is_quiet = not (look.is_hooked() or look.has_hooks_of_gradients() or is_watched())
-        if is_quiet and self._are_ours and _is_ours(model) and "_update" not in vars(model):
-            _trust.token = self._token
-        try:
-            yield
-        finally:
-            _trust.token = before
+        are_ours = self._are_ours and _is_ours(model) and "_update" not in vars(model)
+        self._found = self._token if are_ours and self._look.is_left_alone(with_way_back=True) else None
+        self._before = _trust.token = before
+        return self
+
+    def __enter__(self) -> None:
+        _trust.token = self._found
+
+    def __exit__(self, *exception: object) -> None:
+        _trust.token = self._before
 
 
 def forget() -> None:
@@ -142,9 +147,9 @@ def is_hooked(module: nn.Module) -> bool:
     return _trust.token is None and ("forward" in module.__dict__ or any(_hooks(module)))
 
 
-def is_watched() -> bool:
+def _is_watched() -> bool:
     """Whether torch looks at each operation: it traces, compiles, transforms, counts or casts."""
-    return _trust.token is None and bool(
+    return bool(
         torch.is_autocast_enabled("cpu")
         or torch._C._is_tracing()
         or torch.compiler.is_compiling()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sbac.look import Look, is_watched
+from sbac.look import Look
 
 FEW = 2**18
 """Multiplications in the largest layer up to which NumPy, which needs less time to begin, does the work.
@@ -97,7 +97,7 @@ class Perceptron:
 
     def trace(self, x: Tensor) -> Trace | None:
         """As a call, with the way back; None where that is not written out, but left to autograd."""
-        if not (_is_matrix(x) and self._is_plain()) or self._look.has_hooks_of_gradients():
+        if not (_is_matrix(x) and self._is_plain(with_way_back=True)):
             return None
         return self._plain.trace(x)
 
@@ -122,9 +122,9 @@ class Perceptron:
             self._plain = Plain.of(modules, parts)
         return self._plain
 
-    def _is_plain(self) -> bool:
+    def _is_plain(self, with_way_back: bool = False) -> bool:
         """Whether all parts are what is written out here, and nobody looks on."""
-        return bool(self.plain().layers) and not (self._look.is_hooked() or is_watched())
+        return bool(self.plain().layers) and self._look.is_left_alone(with_way_back)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without views, which would become tensors of their own in a copy.

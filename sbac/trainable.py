@@ -159,7 +159,8 @@ class Trainable(nn.Module):
         self._has_modes = any(
             type(module) not in _MODELESS and not type(module).__module__.startswith("sbac.") for module in modules
         )
-        self._buffers_of = [module._buffers for module in modules]
+        # Any module may replace its buffers; these have none.
+        self._buffers_of = [module._buffers for module in modules if module._buffers or type(module) not in _MODELESS]
         self._look = Look(modules, [])
 
     def _buffers_now(self) -> list[Tensor]:
