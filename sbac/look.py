@@ -69,8 +69,9 @@ class Look:
                 return False
         except (RuntimeError, TypeError):
             return False
-        if not all(holder[name] is number for holder, name, number in self._numbers):  # which do have one
-            return False
+        for holder, name, number in self._numbers:  # which do have one
+            if holder[name] is not number:
+                return False
         return [*map(_address, self.parameters)] == self._addresses
 
     def is_left_alone(self, with_way_back: bool = False) -> bool:
