@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from sbac.envs import EnvironmentLike, Environments
-from sbac.evaluation import Evaluations, evaluation_seed, open_environments, require_apart, run_episodes
+from sbac.evaluation import (
+    Evaluations,
+    evaluation_seed,
+    open_environments,
+    require_apart,
+    run_episodes,
+    share_statistics,
+)
 from sbac.guards import require_whole
 from sbac.hooks import BaseCallback as BaseCallback
 from sbac.hooks import Variables
@@ -213,6 +220,7 @@ class EvalCallback(EventCallback):
         if hasattr(self.model, "check_env"):
             self.model.check_env(self._environments)
         require_apart(self._environments, self.model, self.training_env, self.warn)
+        share_statistics(self._environments, self.training_env)
 
         # In a resumed training, take over the evaluations up to here, and with them the best so far.
         if self.log_path and self.num_timesteps > 0 and not self.evaluations.timesteps:
@@ -239,6 +247,7 @@ class EvalCallback(EventCallback):
 
     def _evaluate(self) -> None:
         assert self._environments is not None, "on_training_start comes before on_step"
+        share_statistics(self._environments, self.training_env)
         warn = self.warn and not self.evaluations.timesteps
         how = (self.n_eval_episodes, self.deterministic, self.render)
         seed = evaluation_seed(self.model.seed, self.num_timesteps)

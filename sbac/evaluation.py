@@ -7,6 +7,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self, overload
@@ -315,6 +316,32 @@ def share_layers(env: Any, other: Any) -> bool:
     """Whether two doors or environments share a vector environment, a wrapper or an environment."""
     known = {id(layer) for layer in layers(other)}
     return any(id(layer) in known for layer in layers(env))
+
+
+def vec_normalizers(env: Any) -> list[Any]:
+    """Each `VecNormalize` of Stable-Baselines in a door or environment, from the outside in.
+
+    Somebody who made one has imported it, so its class need not be imported here.
+    """
+    module = sys.modules.get("stable_baselines3.common.vec_env.vec_normalize")
+    return [] if module is None else [layer for layer in layers(env) if isinstance(layer, module.VecNormalize)]
+
+
+def share_statistics(env: Environments, training_env: Any) -> None:
+    """Let each `VecNormalize` of an evaluation know what that of the training has seen up to now.
+
+    Raises:
+        ValueError: Only one of the two normalises observations so, or not as often.
+    """
+    ours, theirs = ([layer for layer in vec_normalizers(either) if layer.norm_obs] for either in (env, training_env))
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"eval_env normalises observations by {len(ours)} VecNormalize, the training environment by {len(theirs)}: "
+            "the policy would not see there what it learned from; wrap both alike, or let the model normalise "
+            "(normalize_obs=True)"
+        )
+    for own, other in zip(ours, theirs, strict=True):
+        own.obs_rms, own.ret_rms = deepcopy((other.obs_rms, other.ret_rms))
 
 
 def require_apart(env: Environments, model: Any, training_env: Any, warn: bool) -> None:

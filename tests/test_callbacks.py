@@ -475,6 +475,35 @@ def test_other_spaces_are_warned_of() -> None:
     assert told[1] == "eval_env has the action_space Discrete(2), the model Discrete(10)"
 
 
+def test_an_evaluation_normalises_as_the_training_does() -> None:
+    vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
+
+    class Far(Bandit):
+        """Its observations are 100."""
+
+        observation_space = spaces.Box(0, 200, (1,), np.float32)
+
+        def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+            return super().reset(**kwargs)[0] + 100, {}
+
+        def step(self, action: Any) -> Any:
+            obs, *others = super().step(action)
+            return obs + 100, *others
+
+    def normalized(**kwargs: Any) -> Any:
+        return vec_env.VecNormalize(vec_env.DummyVecEnv([Far]), **kwargs)
+
+    training, evaluation = normalized(), normalized(training=False, norm_reward=False)
+    callback = EvalCallback(evaluation, eval_freq=10, n_eval_episodes=1, verbose=0)
+    model = A2C("MlpPolicy", training, seed=0).learn(20, callback=callback)
+    assert evaluation.obs_rms.mean == training.obs_rms.mean == pytest.approx(100, abs=1e-3)
+    assert evaluation.obs_rms is not training.obs_rms
+    for other in (vec_env.DummyVecEnv([Far]), normalized(norm_obs=False), Far):
+        with pytest.raises(ValueError, match="by 0 VecNormalize, the training environment by 1"):
+            model.learn(20, callback=EvalCallback(other))
+    A2C("MlpPolicy", normalized(norm_obs=False), seed=0).learn(1, callback=EvalCallback(Far))  # sees the same
+
+
 @pytest.mark.parametrize("eval_freq", [0, -1])
 def test_a_frequency_of_zero_or_less_never_evaluates(eval_freq: int) -> None:
     env = Bandit()
