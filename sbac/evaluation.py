@@ -373,7 +373,9 @@ def evaluation_seed(seed: int | None, num_timesteps: int) -> int | None:
 
 def _warn_of_changed_rewards(env: Environments) -> None:
     """Warn of a reward wrapper, unless the episodes are recorded inside it."""
-    changed_by = None
+    changed_by: str | None = None
+    if any(layer.norm_reward for layer in vec_normalizers(env)) and not _is_monitored(env):
+        changed_by = "VecNormalize"  # outside all single environments
     for layer in layers(env):
         if isinstance(layer, _REWARD_WRAPPERS):
             changed_by = type(layer).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,26 @@ def test_changed_rewards_without_a_record_of_the_true_ones_are_warned_of(recorde
     with pytest.warns(UserWarning, match="TransformReward"):
         assert evaluate_policy(Constant(), env, n_eval_episodes=2) == (-15.0, 0.0)
     assert evaluate_policy(Constant(), env, n_eval_episodes=2, warn=False) == (-15.0, 0.0)
+
+
+def test_rewards_that_a_vec_normalize_changed_are_told() -> None:
+    vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
+    monitor = pytest.importorskip("stable_baselines3.common.monitor")
+
+    def normalized(make: Any, **kwargs: Any) -> Any:
+        return vec_env.VecNormalize(vec_env.DummyVecEnv([make]), clip_reward=0.5, training=False, **kwargs)
+
+    with pytest.warns(UserWarning, match="as changed by VecNormalize"):
+        assert evaluate_policy(Constant(), normalized(lambda: FixedLength(3, 10.0)), n_eval_episodes=2) == (1.5, 0.0)
+    knows_its_own: list[Any] = [
+        normalized(lambda: FixedLength(3, 10.0), norm_reward=False),
+        normalized(lambda: monitor.Monitor(FixedLength(3, 10.0))),
+        normalized(lambda: RecordEpisodeStatistics(FixedLength(3, 10.0))),
+    ]
+    for env in knows_its_own:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert evaluate_policy(Constant(), env, n_eval_episodes=2) == (30.0, 0.0)
 
 
 def test_a_lost_life_is_no_episode_in_a_monitored_stable_baselines_environment() -> None:
