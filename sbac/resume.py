@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from sbac import checkpoint
 from sbac.archive import ArchiveError, remove_leftovers
 from sbac.buffers import ReplayBuffer
+from sbac.evaluation import vec_normalizers
 from sbac.guards import require_whole
 from sbac.hold import Hold
 from sbac.hooks import BaseCallback
@@ -24,7 +25,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 class CheckpointCallback(BaseCallback):
     """Saves a full checkpoint every `save_freq` calls, as ``{name_prefix}_{num_timesteps}_steps.zip``.
 
-    A checkpoint holds all that exact resuming takes, replay buffer and normalisation included, whatever
+    A checkpoint holds all that exact resuming takes, replay buffer and the model's normalisation included, whatever
     `save_replay_buffer` and `save_vecnormalize` say. Of a replay buffer above 8 MiB it writes what is new, into the
     folder ``{name_prefix}_replay`` beside, which belongs to the checkpoints. It is written once all callbacks are done
     with the step. One that can't be written (the disk is full, say) is warned of, and training goes on. Two processes
@@ -36,7 +37,8 @@ class CheckpointCallback(BaseCallback):
         name_prefix: How the names of the files begin.
         save_replay_buffer: Also write the replay buffer alone, as
             ``{name_prefix}_replay_buffer_{num_timesteps}_steps.zip``.
-        save_vecnormalize: Accepted for scripts written for Stable-Baselines.
+        save_vecnormalize: Also let the `VecNormalize` of Stable-Baselines that the environment is in, if it is in one,
+            write its statistics, as ``{name_prefix}_vecnormalize_{num_timesteps}_steps.pkl``.
         verbose: 2 tells of each file.
         resume: "auto" lets `learn` go on from the newest checkpoint in the folder, if there is one, as
             ``learn(resume=True)`` does. None leaves that to `learn`.
@@ -61,7 +63,7 @@ class CheckpointCallback(BaseCallback):
         if not isinstance(name_prefix, str) or Path(name_prefix).name != name_prefix:
             raise ValueError(f"name_prefix begins the names of files in save_path, so it cannot be {name_prefix!r}")
         self.name_prefix = name_prefix
-        self.save_replay_buffer = save_replay_buffer
+        self.save_replay_buffer, self.save_vecnormalize = save_replay_buffer, save_vecnormalize
         if resume not in (None, "auto"):
             raise ValueError(f"resume must be 'auto' or None, not {resume!r}")
         self.resume = resume
@@ -101,6 +103,8 @@ class CheckpointCallback(BaseCallback):
                 self.model.save(path, full=True)
             if self.save_replay_buffer and hasattr(self.model, "replay_buffer"):
                 self.model.save_replay_buffer(self._buffer_beside(path))
+            for normalizer in vec_normalizers(self.training_env)[:1] if self.save_vecnormalize else ():
+                normalizer.save(str(self._statistics_beside(path)))
         except OSError as error:
             warnings.warn(f"the checkpoint of step {step} was not written: {error}", stacklevel=2)
             return
@@ -119,6 +123,7 @@ class CheckpointCallback(BaseCallback):
         for path in old:
             path.unlink(missing_ok=True)
             self._buffer_beside(path).unlink(missing_ok=True)
+            self._statistics_beside(path).unlink(missing_ok=True)
         needed: list[str] = []
         unknown_until = 0
         for path in self.checkpoints():
@@ -131,6 +136,10 @@ class CheckpointCallback(BaseCallback):
     def _buffer_beside(self, path: Path) -> Path:
         number = path.name.removeprefix(f"{self.name_prefix}_")
         return path.with_name(f"{self.name_prefix}_replay_buffer_{number}")
+
+    def _statistics_beside(self, path: Path) -> Path:
+        number = path.stem.removeprefix(f"{self.name_prefix}_")
+        return path.with_name(f"{self.name_prefix}_vecnormalize_{number}.pkl")
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints in the folder, from the oldest to the newest."""

@@ -337,6 +337,20 @@ def test_checkpoints_are_full_and_named_after_the_step(tmp_path: Path) -> None:
         CheckpointCallback(0, tmp_path)
 
 
+def test_checkpoints_come_with_the_statistics_of_a_vec_normalize_where_asked_for(tmp_path: Path) -> None:
+    vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
+    env = vec_env.VecNormalize(vec_env.DummyVecEnv([Bandit]))
+    callback = CheckpointCallback(2, tmp_path, name_prefix="mine", save_vecnormalize=True, keep_last=1)
+    A2C("MlpPolicy", env, seed=0).learn(5, callback=callback)
+    assert [path.name for path in tmp_path.glob("*.pkl")] == ["mine_vecnormalize_4_steps.pkl"]
+    saved = vec_env.VecNormalize.load(tmp_path / "mine_vecnormalize_4_steps.pkl", vec_env.DummyVecEnv([Bandit]))
+    assert 0 < saved.obs_rms.count < env.obs_rms.count
+    A2C("MlpPolicy", Bandit, seed=0).learn(
+        5, callback=CheckpointCallback(2, tmp_path / "plain", save_vecnormalize=True)
+    )
+    assert not list((tmp_path / "plain").glob("*.pkl"))
+
+
 # Evaluation.
 
 
