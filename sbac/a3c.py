@@ -133,7 +133,7 @@ class A3C(BaseAlgorithm):
     learns_elsewhere = True
     policy: StochasticActorCritic
     env: RemoteEnvironments  # type: ignore[assignment]  # it knows the spaces, and has nothing to step
-    _fixed = ("use_rms_prop", "layer_norm", "normalize_obs", "normalize_reward", "n_envs")
+    _fixed = ("use_rms_prop", "layer_norm", "normalize_obs", "normalize_reward", "n_envs", "n_workers")
 
     def __init__(
         self,

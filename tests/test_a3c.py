@@ -839,6 +839,12 @@ def test_an_error_in_a_callback_ends_the_workers_too():
     assert model.num_timesteps > 0
 
 
+def test_the_number_of_workers_is_fixed_once_they_have_rows():
+    model = A3C("MlpPolicy", "CartPole-v1", n_workers=1)
+    with pytest.raises(AttributeError, match="n_workers is 1 since the model was made"):
+        model.n_workers = 2
+
+
 def test_the_learning_rate_is_annealed_over_the_steps_of_all_workers():
     def trained(learning_rate: Any) -> tuple[Tensor, Tensor]:
         model = A3C("MlpPolicy", lambda: Short(), n_workers=2, deterministic=True, learning_rate=learning_rate, **SMALL)
