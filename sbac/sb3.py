@@ -46,6 +46,7 @@ _DETERMINISTIC = {
 _EXTRACTORS = {f"{_COMMON}.torch_layers.{name}": name for name in (FLATTEN, CNN, COMBINED)}
 _POLICIES = {FLATTEN: "MlpPolicy", CNN: "CnnPolicy", COMBINED: "MultiInputPolicy"}
 _BUFFERS = {f"{_COMMON}.buffers.{kind}Buffer" for kind in ("Replay", "DictReplay", "Rollout", "DictRollout")}
+_N_STEP_BUFFER = f"{_COMMON}.buffers.NStepReplayBuffer"  # which n_steps above 1 asks for
 _FIRST_RATE = {"A2C": 7e-4, "DDPG": 1e-3, "TD3": 1e-3}  # where a schedule cannot be read
 _OF_SDE = ("use_sde", "full_std", "use_expln", "squash_output")
 # Of an optimizer's group: what the constructor does not take, and how it computes rather than what.
@@ -335,9 +336,10 @@ class _Model:
             "verbose": int(self._whole("verbose", 0) > 0),
             "seed": None if seed is None else self._whole("seed"),
         }
+        usual = _BUFFERS | {_N_STEP_BUFFER} if self._whole("n_steps", 1) > 1 else _BUFFERS
         for name in ("rollout_buffer_class", "replay_buffer_class"):
             node = self._get(name)
-            if node is not None and not (isinstance(node, Name) and node.path in _BUFFERS):
+            if node is not None and not (isinstance(node, Name) and node.path in usual):
                 self.remarks.append(f"{name} is {describe(node)}: sbac takes its usual buffer instead")
         rate = self._learning_rate()
         if self.kind == "A2C":

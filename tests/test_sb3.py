@@ -23,6 +23,7 @@ import pytest
 import stable_baselines3
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
@@ -392,6 +393,17 @@ def test_hyperparameters_come_along(tmp_path: Path) -> None:
     ddpg = sbac.load(tmp_path / "ddpg")
     assert type(ddpg) is DDPG
     assert ddpg.action_noise.to_config() == {"kind": "normal", "mean": [0, 0], "sigma": [0.2, 0.2], "dtype": "float32"}
+
+
+def test_targets_of_several_steps_come_along_without_a_remark(tmp_path: Path) -> None:
+    make_peer("td3", n_steps=3, env=envs(VECTOR, BOX, 1)).save(tmp_path / "td3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TD3.load(tmp_path / "td3").n_steps == 3
+    buffer = {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}}
+    make_peer("td3", env=envs(VECTOR, BOX, 1), **buffer).save(tmp_path / "own")
+    with pytest.warns(UserWarning, match="NStepReplayBuffer: sbac takes its usual buffer instead"):
+        assert TD3.load(tmp_path / "own").n_steps == 1
 
 
 def test_what_is_left_out_is_named(tmp_path: Path) -> None:
