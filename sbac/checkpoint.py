@@ -141,6 +141,8 @@ def load(
         if is_foreign and Preprocessor(made.observation_space).space == known.observation_space:
             # Stable-Baselines3 turned the environment's images around before the model saw their space.
             known = known._replace(observation_space=made.observation_space)
+            if "policy_kwargs" not in overrides:  # else what the file says of the turned images would be said of these
+                given["policy_kwargs"].pop("channels_last", None)
         require_spaces(made, known, f"the model in {path}")
     is_own = bool({"policy", "policy_kwargs"} & overrides.keys())
     try:

@@ -445,6 +445,20 @@ def test_an_environment_whose_images_have_their_channels_last(tmp_path: Path) ->
     assert (without.predict(turned)[0] == theirs).all()
 
 
+def test_an_image_that_seems_to_have_its_channels_last_once_it_was_turned(tmp_path: Path) -> None:
+    space = spaces.Box(0, 255, (10, 5, 6), np.uint8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Treating image space as channels-last")
+        peer = stable_baselines3.A2C("MlpPolicy", envs(space, BOX), device="cpu", n_steps=4).learn(16)
+        peer.save(tmp_path / "peer")
+        obs = observations_of(space)
+        theirs = peer.predict(obs, deterministic=True)[0]
+    model = A2C.load(tmp_path / "peer", env=[lambda: Noise(space, BOX)] * 2)
+    assert largest(model.predict(obs)[0], theirs) <= 1e-5
+    model.save(tmp_path / "ours")
+    assert largest(A2C.load(tmp_path / "ours").predict(obs)[0], theirs) <= 1e-5
+
+
 # VecNormalize.
 
 
