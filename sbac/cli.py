@@ -27,6 +27,7 @@ from sbac.guards import EnvironmentFault, NotFiniteError, WorkerFault, require_w
 from sbac.interruption import Interruption, interruption
 from sbac.loading import ALGORITHMS, algorithm, convert, inspect, load
 from sbac.logger import configure
+from sbac.observations import MASK, carries_mask, n_choices
 from sbac.plotting import plot_learning_curve
 from sbac.recipes import read_recipe, read_value, registered_id
 from sbac.resume import folders_held
@@ -442,11 +443,12 @@ def _watch(options: argparse.Namespace) -> int:
     frames: list[Any] = []
     for episode in range(n_episodes):
         obs, _ = env.reset(seed=options.seed + episode)
-        total, ended, length = 0.0, False, 0
+        state, total, ended, length = None, 0.0, False, 0
         while not ended:
             if options.video is not None:
                 frames.append(env.render())
-            action, _ = model.predict(obs, deterministic=not options.stochastic)
+            seen = _with_mask(obs, env.action_mask, model)
+            action, state = model.predict(seen, state, deterministic=not options.stochastic)
             obs, reward, terminated, truncated, _ = env.step(action)
             total, ended, length = total + float(reward), terminated or truncated, length + 1
             if options.video is None and is_window_closed():
@@ -460,6 +462,13 @@ def _watch(options: argparse.Namespace) -> int:
         print(f"{options.video}: {len(frames)} frames")
     env.close()
     return 0
+
+
+def _with_mask(obs: Any, mask: Any, model: BaseAlgorithm) -> Any:
+    """What the policy acts on: the observation, and beside it a mask that came in the info, as the door puts it."""
+    pair = {"observation": obs, MASK: np.ravel(mask) != 0}
+    is_beside = mask is not None and n_choices(model.action_space) and carries_mask(pair, model.observation_space)
+    return pair if is_beside else obs
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -13,17 +13,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 import pygame
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.envs.registration import EnvSpec
 from PIL import Image
 
-from sbac import A2C, load
+from sbac import A2C, evaluate_policy, load
 from sbac.cli import main
 
 
@@ -257,6 +259,50 @@ def test_watch_writes_films(run: Path, capsys: pytest.CaptureFixture[str], monke
     assert Path("run.mp4").stat().st_size > 1000
     assert main(["watch", "run", "--video", "run.avi"]) == 2
     assert main(["watch", "run", "--episodes", "1"]) == 0  # a window, on a screen that nobody sees
+
+
+class Rendered(gymnasium.Env[np.ndarray, Any]):
+    """Six steps in which the reward tells the action; one action after the other is allowed, if `masks`."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 4}
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, masks: bool, render_mode: str | None = None) -> None:
+        self.masks, self.render_mode = masks, render_mode
+        self.action_space = spaces.Discrete(3) if masks else spaces.Box(-1e6, 1e6, (1,), np.float32)
+        self.now = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.now = 0
+        return self.seen()
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        reward = float(action == self.now % 3) if self.masks else float(action[0])
+        self.now += 1
+        return self.seen()[0], reward, self.now == 6, False, self.seen()[1]
+
+    def seen(self) -> tuple[np.ndarray, dict[str, Any]]:
+        allowed = {"action_mask": np.arange(3) == self.now % 3} if self.masks else {}
+        return np.array([np.sin(self.now), 1], np.float32), allowed
+
+    def render(self) -> np.ndarray:  # type: ignore[override]  # as gymnasium's own
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("masks", [True, False], ids=["masks", "memory"])
+def test_watch_shows_the_policy_with_its_masks_and_its_memory(
+    masks: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = EnvSpec("Rendered-v0", entry_point=Rendered, kwargs={"masks": masks})
+    monkeypatch.setitem(gymnasium.registry, "Rendered-v0", spec)
+    model = A2C("MlpPolicy" if masks else "MlpLstmPolicy", "Rendered-v0", seed=0)
+    model.save("model")
+    expected, _ = evaluate_policy(model, "Rendered-v0", n_eval_episodes=1)
+    assert main(["watch", "model.zip", "--video", "film.gif", "--episodes", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"return {expected:.2f}, 6 steps") == 2, (printed, expected)
+    assert expected == 6 if masks else abs(expected) > 1
 
 
 def test_watch_ends_when_its_window_is_closed(
