@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
         try:
             code: int = options.command(options)
-        except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+        except (ValueError, TypeError, OSError, MemoryError, ImportError, gymnasium.error.Error) as error:
             print(f"sbac {options.name}: {str(error) or 'out of memory'}", file=sys.stderr)
             code = 2
         except (EnvironmentFault, NotFiniteError, WorkerFault) as error:

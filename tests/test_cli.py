@@ -261,6 +261,11 @@ def test_watch_writes_films(run: Path, capsys: pytest.CaptureFixture[str], monke
     assert main(["watch", "run", "--episodes", "1"]) == 0  # a window, on a screen that nobody sees
 
 
+def test_watch_answers_an_environment_that_there_is_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", "run", "--env", "Nowhere-v0", "--video", "film.gif"]) == 2
+    assert capsys.readouterr().err == "sbac watch: Environment `Nowhere` doesn't exist.\n"
+
+
 class Rendered(gymnasium.Env[np.ndarray, Any]):
     """Six steps in which the reward tells the action; one action after the other is allowed, if `masks`."""
 
