@@ -398,7 +398,11 @@ def _model_file(path: Path) -> Path:
 
 
 def _env_of(options: argparse.Namespace, file: Path) -> str:
-    env_id = options.env or inspect(file)["config"].get("env_id")
+    env_id = options.env
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a file, or a folder that no command made
+        # The run knows the module of an id such as "module:Id-v0"; a model's file names none to import.
+        env_id = env_id or json.loads((options.model / "config.json").read_text(encoding="utf-8"))["env"]
+    env_id = env_id or inspect(file)["config"].get("env_id")
     if not env_id:
         raise ValueError(f"{file} does not name its environment: add --env ID")
     return str(env_id)

@@ -261,6 +261,29 @@ def test_watch_writes_films(run: Path, capsys: pytest.CaptureFixture[str], monke
     assert main(["watch", "run", "--episodes", "1"]) == 0  # a window, on a screen that nobody sees
 
 
+def test_a_run_knows_the_module_that_registers_its_environment(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "own.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "gymnasium.register('Own-v0', entry_point=CartPoleEnv, max_episode_steps=9)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(folder)
+    try:
+        assert main(["train", "a2c", "own:Own-v0", "--steps", "20", "--out", "run"]) == 0
+        gymnasium.registry.pop("Own-v0")  # as in a new process
+        sys.modules.pop("own")
+        assert main(["eval", "run", "--episodes", "1"]) == 0
+        assert "on own:Own-v0" in capsys.readouterr().out
+    finally:
+        gymnasium.registry.pop("Own-v0", None)
+        sys.modules.pop("own", None)
+    (folder / "run" / "config.json").unlink()
+    assert main(["eval", "run", "--env", "CartPole-v1", "--episodes", "1"]) == 0
+
+
 def test_watch_answers_an_environment_that_there_is_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", "run", "--env", "Nowhere-v0", "--video", "film.gif"]) == 2
     assert capsys.readouterr().err == "sbac watch: Environment `Nowhere` doesn't exist.\n"
