@@ -24,6 +24,7 @@ from sbac.beside import changed_settings, differing_layers, freeze, frozen_param
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make, require_spaces
+from sbac.evaluation import vec_normalizers
 from sbac.guards import require_whole
 from sbac.observations import split_mask
 from sbac.optimization import require_statistics, without_compiler
@@ -137,6 +138,11 @@ def load(
     made: Any = known
     if env is not None:
         made = cls.open_environments(env, number_to_make(env, known.n_envs))
+        if vecnormalize is not None and vec_normalizers(made):
+            raise ValueError(
+                f"the environment is in a VecNormalize, and vecnormalize={str(vecnormalize)!r} lets the model "
+                "normalise too: pass the environment without its VecNormalize, or leave vecnormalize out"
+            )
         given["n_envs"] = made.num_envs
         if is_foreign and Preprocessor(made.observation_space).space == known.observation_space:
             # Stable-Baselines3 turned the environment's images around before the model saw their space.

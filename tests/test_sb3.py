@@ -503,6 +503,16 @@ def test_statistics_of_vecnormalize_become_the_models_own(cls: Any, settings: An
     assert torch.allclose(again.policy.normalizer.moments[0], seen + 20)
 
 
+def test_nobody_normalises_twice(tmp_path: Path) -> None:
+    wrapped = VecNormalize(envs(VECTOR, BOX))
+    stable_baselines3.A2C("MlpPolicy", wrapped, device="cpu", **SMALL).learn(16).save(tmp_path / "peer")
+    wrapped.save(tmp_path / "statistics.pkl")
+    with pytest.raises(ValueError, match="the environment is in a VecNormalize"):
+        A2C.load(tmp_path / "peer", env=wrapped, vecnormalize=tmp_path / "statistics.pkl")
+    with pytest.warns(UserWarning, match="trained behind a VecNormalize"):
+        assert A2C.load(tmp_path / "peer", env=wrapped).get_env() is wrapped
+
+
 def test_vecnormalize_of_some_parts_of_a_dict(tmp_path: Path) -> None:
     wrapped = VecNormalize(envs(UNSORTED, spaces.Discrete(3)), norm_obs_keys=["count"])
     peer = stable_baselines3.A2C("MultiInputPolicy", wrapped, device="cpu", seed=1, n_steps=4)
