@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -239,7 +240,7 @@ def _train(options: argparse.Namespace) -> int:
             if code == 0:
                 mean, deviation = evaluate_policy(model, options.env, n_eval_episodes=20, seed=options.seed + 1)
                 print(f"return over 20 episodes: {mean:.1f} +- {deviation:.1f}")
-                print(f"see it: sbac watch {folder}    its curve: {folder / 'learning_curve.png'}")
+                print(f"see it: sbac watch {shlex.quote(str(folder))}    its curve: {folder / 'learning_curve.png'}")
         except KeyboardInterrupt:
             print(f"interrupted; the model is in {folder / 'model.zip'}")
             code = stop.code
@@ -296,7 +297,7 @@ def _learn(
     if stop.signal is not None:
         print(f"stopped at step {model.num_timesteps:,}; the model is in {file}")
         if stop.checkpoints is not None and stop.checkpoints.checkpoints():
-            print(f"go on: sbac train --resume {folder}")
+            print(f"go on: sbac train --resume {shlex.quote(str(folder))}")
         return stop.code
     if code:
         print(f"the model of step {model.num_timesteps:,} is in {file}", file=sys.stderr)

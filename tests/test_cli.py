@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,12 @@ def test_runs_that_start_at_once_have_folders_of_their_own(folder: Path, monkeyp
     assert main("train --steps 16 --eval-freq 0".split()) == 0
     assert list((folder / "runs/A2C_CartPole-v1_1").iterdir()) == []
     assert (folder / "runs/A2C_CartPole-v1_2/model.zip").exists()
+
+
+def test_commands_that_are_suggested_can_be_typed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--steps", "16", "--eval-freq", "0", "--out", "it's a run"]) == 0
+    suggested = capsys.readouterr().out.split("see it: ")[1].split("    ")[0]
+    assert shlex.split(suggested) == ["sbac", "watch", "it's a run"]
 
 
 def test_an_empty_folder_may_be_the_runs(folder: Path) -> None:
