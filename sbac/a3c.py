@@ -6,6 +6,7 @@ Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", arXiv:
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -32,6 +33,8 @@ from sbac.remote import RemoteEnvironments, go_on, worker_state
 from sbac.schedules import FloatOrSchedule
 from sbac.transport import Report, SharedMemory, SharedMemoryTransport, Transport
 from sbac.workers import Workers, WorkerStates, usable_cores
+
+_READ_BY_WORKERS = ("learning_rate", "n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")
 
 
 def actor_learner(model: A3C, env: Environments, shared: Transport) -> None:
@@ -233,6 +236,7 @@ class A3C(BaseAlgorithm):
         self._worker_restarts = 0
         self._worker_states = WorkerStates(self.n_workers)
         self._row_time = 0.0
+        self._sent: dict[str, Any] = {}  # arguments, as the workers have them
 
     def learn(
         self,
@@ -269,6 +273,7 @@ class A3C(BaseAlgorithm):
                             self._count(report)
                         for report in reports:
                             goes_on = goes_on and self._tell(callback, report)
+                        self._warn_of_changes()
                         if not reports:
                             goes_on = goes_on and callback.on_idle()
                         self._dump_if_due(self._n_rollouts)
@@ -364,7 +369,19 @@ class A3C(BaseAlgorithm):
             in_turn=self.deterministic,
         )
         self._worker_states.running, self._n_launches = workers, workers.launches
+        self._sent = {name: arguments[name] for name in _READ_BY_WORKERS}
         return workers
+
+    def _warn_of_changes(self) -> None:
+        """Warn once where a callback changed what the workers have been sent already."""
+        changed = [name for name, value in self._sent.items() if getattr(self, name) is not value]
+        if changed:
+            self._sent = {}
+            warnings.warn(
+                f"{', '.join(changed)} changed while workers learn, who go on with what they were started with: the "
+                "next call of learn takes it over; a schedule changes a number as training goes",
+                stacklevel=3,
+            )
 
     def _count(self, report: Report) -> None:
         """Take over the numbers of a report: updates, episodes, speed."""

@@ -839,6 +839,24 @@ def test_an_error_in_a_callback_ends_the_workers_too():
     assert model.num_timesteps > 0
 
 
+def test_a_callback_that_changes_what_workers_were_sent_is_told():
+    class Slower(BaseCallback):
+        def _on_step(self) -> bool:
+            self.model.learning_rate, self.model.verbose = 1e-12, 0
+            return True
+
+    model = A3C("MlpPolicy", lambda: Short(), n_workers=1, **SMALL)
+    with pytest.warns(UserWarning, match="^learning_rate changed while workers learn") as told:
+        model.learn(200, callback=Slower())
+    assert len(told) == 1
+    before = model.get_parameters()["policy"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(50, reset_num_timesteps=False)
+    after = model.get_parameters()["policy"]
+    assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-9) for name in before)
+
+
 def test_the_number_of_workers_is_fixed_once_they_have_rows():
     model = A3C("MlpPolicy", "CartPole-v1", n_workers=1)
     with pytest.raises(AttributeError, match="n_workers is 1 since the model was made"):
