@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sbac import checkpoint
 from sbac.base import BaseAlgorithm
-from sbac.beside import freeze, frozen_parameters
 from sbac.buffers import RolloutBatch, RolloutBuffer
 from sbac.callbacks import BaseCallback, MaybeCallback
 from sbac.construction import read_part
@@ -31,6 +30,7 @@ from sbac.policies import CnnActorCritic, StochasticActorCritic
 from sbac.recurrent import CnnRecurrentActorCritic, RecurrentActorCritic
 from sbac.remote import RemoteEnvironments, go_on, worker_state
 from sbac.schedules import FloatOrSchedule
+from sbac.traits import freeze, frozen_parameters
 from sbac.transport import Report, SharedMemory, SharedMemoryTransport, Transport
 from sbac.workers import Workers, WorkerStates, usable_cores
 

@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sbac.archive import Archive, ArchiveError, array_to_tensor, read_archive, tensor_to_array, write_archive
-from sbac.beside import changed_settings, differing_layers, freeze, frozen_parameters, layers, settings_to_restore
 from sbac.codec import MissingObjectError, decode, encode
 from sbac.construction import argument_names
 from sbac.envs import EnvironmentLike, Spaces, number_to_make, require_spaces
@@ -33,6 +32,7 @@ from sbac.sb3 import read_stable_baselines
 from sbac.sb3_file import is_stable_baselines
 from sbac.segments import Segments, read_segments
 from sbac.tape import Recording
+from sbac.traits import changed_settings, differing_layers, freeze, frozen_parameters, layers, settings_to_restore
 from sbac.trees import Tree, leaves, space_tree, tree_like
 
 if TYPE_CHECKING:

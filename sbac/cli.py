@@ -403,7 +403,13 @@ def _env_of(options: argparse.Namespace, file: Path) -> str:
     with suppress(OSError, ValueError, KeyError, TypeError):  # a file, or a folder that no command made
         # The run knows the module of an id such as "module:Id-v0"; a model's file names none to import.
         env_id = env_id or json.loads((options.model / "config.json").read_text(encoding="utf-8"))["env"]
-    env_id = env_id or inspect(file)["config"].get("env_id")
+    if not env_id:
+        env_id = str(inspect(file)["config"].get("env_id") or "")
+        if ":" in env_id:
+            raise ValueError(
+                f"{file} names the environment {env_id!r}, for which a module would be run, and a model's file runs no "
+                f"code: if you trust it, add --env {shlex.quote(env_id)}"
+            )
     if not env_id:
         raise ValueError(f"{file} does not name its environment: add --env ID")
     return str(env_id)

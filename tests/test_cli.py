@@ -291,6 +291,18 @@ def test_a_run_knows_the_module_that_registers_its_environment(
     assert main(["eval", "run", "--env", "CartPole-v1", "--episodes", "1"]) == 0
 
 
+def test_a_models_file_lets_no_module_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "trap.py").write_text("raise SystemExit('it ran')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    A2C("MlpPolicy", "CartPole-v1", seed=0).save("model")
+    monkeypatch.setattr("sbac.cli.inspect", lambda file: {"config": {"env_id": "trap:CartPole-v1"}})
+    for command in ("eval", "watch"):
+        assert main([command, "model.zip"]) == 2
+        assert "if you trust it, add --env trap:CartPole-v1" in capsys.readouterr().err
+
+
 def test_watch_answers_an_environment_that_there_is_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", "run", "--env", "Nowhere-v0", "--video", "film.gif"]) == 2
     assert capsys.readouterr().err == "sbac watch: Environment `Nowhere` doesn't exist.\n"

@@ -1,4 +1,4 @@
-"""What of a policy goes into a file beside tensors.
+"""What a file tells of a policy beside its tensors.
 
 Which layers it is made of, which weights are frozen, and what optimizers count in their groups.
 """
