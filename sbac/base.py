@@ -429,7 +429,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no training: callbacks hold what cannot be copied, such as files and whole modules.
-        return {**self.__dict__, "_callback": None, "_deferred": [], "_is_learning": False}
+        return {**self.__dict__, "_callback": None, "_deferred": [], "_is_learning": False, "_glance": Glance()}
 
     def close(self) -> None:
         """Close environments and logger."""

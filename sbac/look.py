@@ -101,6 +101,7 @@ class Glance:
     """One look at a whole policy, at the beginning of an update, in place of one at each part whenever it is used."""
 
     def __init__(self) -> None:
+        self._policy: nn.Module | None = None
         self._look = Look()
         self._are_ours = False
         self._token = object()
@@ -118,9 +119,9 @@ class Glance:
             model: Whose update it is.
         """
         before, _trust.token = _trust.token, None
-        if not self._look.is_still_so():
+        if policy is not self._policy or not self._look.is_still_so():
             modules = [*policy.modules()]
-            self._look, self._token = Look(modules), object()
+            self._policy, self._look, self._token = policy, Look(modules), object()
             self._are_ours = all(map(_is_ours, modules))
         are_ours = self._are_ours and _is_ours(model) and "_update" not in vars(model)
         self._found = self._token if are_ours and self._look.is_left_alone(with_way_back=True) else None

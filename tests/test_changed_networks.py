@@ -206,6 +206,26 @@ def test_networks_are_looked_at_once_in_an_update(cls: Any, looks: list[Look]) -
     assert not calls and len(looks) == 4
 
 
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_a_policy_in_place_of_another_is_looked_at(cls: Any) -> None:
+    model = cls("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **OFF_POLICY).learn(30)
+    model.policy = copy.deepcopy(model.policy)
+    model.train(2)
+    model.actor.mu[0] = nn.Linear(3, 16)
+    calls: list[Any] = []
+    hook(model, calls)
+    assert all(moved([model.actor], lambda: model.train(2))) and calls
+
+
+def test_a_copy_of_a_model_learns_by_itself() -> None:
+    model = td3().learn(30)
+    twin = copy.deepcopy(model)
+    model.train(2)
+    flat = model.critic.flat.detach().clone()
+    twin.train(2)
+    assert torch.equal(model.critic.flat, flat) and torch.equal(twin.critic.flat, flat)
+
+
 class HooksIn(TD3):
     """Looks into its critic while it learns."""
 
