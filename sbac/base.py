@@ -31,7 +31,7 @@ from sbac.envs import (
 )
 from sbac.guards import nearest, require_flag, require_whole
 from sbac.logged import Logged
-from sbac.look import Glance
+from sbac.look import Glance, forget
 from sbac.memory import keep_freed_memory
 from sbac.networks import describe
 from sbac.observations import as_batch
@@ -351,6 +351,7 @@ class BaseAlgorithm(Logged, Saveable, metaclass=Constructed):
         """A hyperparameter's present value: itself, or what its schedule says of the progress so far."""
         if not callable(value):
             return value
+        forget()
         return value_at(value, self._progress())
 
     def _progress(self) -> float:

@@ -36,16 +36,16 @@ class _Front:
     """What observations of an actor or a critic go through before its perceptrons, as it was when it was looked at."""
 
     def __init__(self) -> None:
-        self._body: nn.Module | None = None
         self._preprocessor: nn.Module | None = None
         self._look = Look()
         self._is_plain = False
 
     def leaves_as_it_is(self, network: Actor | Critic) -> bool:
         """Whether the perceptrons read observations as they are, but for the dtype, and nobody looks on at that."""
-        body, preprocessor = network.features_extractor, network.preprocessor
-        if self._body is not body or self._preprocessor is not preprocessor:
-            self._body, self._preprocessor, self._look = body, preprocessor, Look([], [network, body, preprocessor])
+        preprocessor = network.preprocessor
+        if self._preprocessor is not preprocessor or not self._look.is_still_so():
+            body = network.features_extractor
+            self._preprocessor, self._look = preprocessor, Look([network, body, preprocessor])
             is_preprocessor_plain = type(preprocessor) is Preprocessor and preprocessor.is_of_vectors
             self._is_plain = type(body) is FlattenExtractor and is_preprocessor_plain
         return self._is_plain and preprocessor.normalizer is None and not self._look.is_hooked()

@@ -159,13 +159,13 @@ class Trainable(nn.Module):
         self._has_modes = any(
             type(module) not in _MODELESS and not type(module).__module__.startswith("sbac.") for module in modules
         )
-        # Any module may replace its buffers; these have none.
-        self._buffers_of = [module._buffers for module in modules if module._buffers or type(module) not in _MODELESS]
+        self._buffers_of = [module._buffers for module in modules]
         self._look = Look(modules, [])
 
     def _buffers_now(self) -> list[Tensor]:
         """Its buffers, which a module may replace at each step by others."""
-        return [buffer for buffers in self._buffers_of for buffer in buffers.values() if buffer is not None]
+        there = filter(None, self._buffers_of)
+        return [buffer for buffers in there for buffer in buffers.values() if buffer is not None]
 
     def _lay_if_moved(self) -> None:
         """As `_lay`, where somebody replaced what it made, or froze or thawed a parameter."""
@@ -455,6 +455,7 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
     is_only = len(group["params"]) == len(optimizer.param_groups) == 1  # else somebody put another optimizer in place
     if not (is_usual and is_only) or parameter.device.type != "cpu" or _is_watched(optimizer):
         memory = [(p, p.detach()) for group in optimizer.param_groups for p in group["params"]]
+        forget()
         optimizer.step()
         for parameter, before in memory:
             if parameter.data_ptr() != before.data_ptr():  # as of optimizers that write `p.data = p.data - ...`

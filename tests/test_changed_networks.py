@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from sbac import A2C, A3C, DDPG, TD3
 from sbac.buffers import ReplayBatch, ReplayBuffer, RolloutBatch, RolloutBuffer
-from sbac.look import Look
+from sbac.deterministic import Critic
+from sbac.look import Glance, Look, forget
 from sbac.policies import StochasticActorCritic
 from sbac.trainable import Trainable
 
@@ -25,7 +27,7 @@ SMALL: dict[str, Any] = {"net_arch": [16, 16]}
 
 
 def td3(**kwargs: Any) -> TD3:
-    return TD3("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **OFF_POLICY, **kwargs)
+    return TD3("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **{**OFF_POLICY, **kwargs})
 
 
 def a2c(**kwargs: Any) -> A2C:
@@ -224,6 +226,120 @@ def test_a_copy_of_a_model_learns_by_itself() -> None:
     flat = model.critic.flat.detach().clone()
     twin.train(2)
     assert torch.equal(model.critic.flat, flat) and torch.equal(twin.critic.flat, flat)
+
+
+@contextlib.contextmanager
+def at_each_part(self: Glance, policy: nn.Module, model: object) -> Iterator[None]:
+    """In the place of `Glance.at`: no look answers for others."""
+    forget()
+    yield
+
+
+def clip(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clamp(-0.05, 0.05)
+
+
+def by_a_schedule(model: Any) -> None:
+    model.tau = lambda progress: clip(model.critic) or 0.1  # type: ignore[func-returns-value]
+
+
+def by_a_schedule_that_asks_another_model(model: Any) -> None:
+    teacher = td3(seed=1)
+    teacher.actor.mu[0].register_forward_hook(lambda module, inputs, output: 0.3 * output)
+    model.tau = lambda progress: 0.1 + abs(float(teacher.predict(np.ones(3, np.float32))[0][0])) / 10
+
+
+def by_a_hook_of_the_optimizer(model: Any) -> None:
+    model.critic.optimizer.register_step_post_hook(lambda *_: clip(model.critic))
+
+
+def by_a_method(model: Any) -> None:
+    step = model.critic.step
+
+    def and_clip() -> None:
+        step()
+        clip(model.critic)
+
+    model.critic.step = and_clip
+
+
+def by_another_class(model: Any) -> None:
+    class Clips(Critic):
+        def action_gradient(self, *args: Any) -> tuple[Tensor, Tensor]:
+            clip(self)
+            return super().action_gradient(*args)
+
+    model.critic.__class__ = Clips
+
+
+def by_another_preprocessor(model: Any) -> None:
+    old, model.policy.preprocessor = model.policy.preprocessor, copy.deepcopy(model.policy.preprocessor)
+    old.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+
+
+def by_new_hooks(model: Any) -> None:
+    for module in model.actor.modules():
+        module._forward_hooks = OrderedDict()
+    model.actor.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+
+
+def by_a_compiler(model: Any) -> None:
+    model.critic.compile(backend="eager")
+
+
+CHANGES = [
+    by_a_schedule,
+    by_a_schedule_that_asks_another_model,
+    by_a_hook_of_the_optimizer,
+    by_a_method,
+    by_another_class,
+    by_another_preprocessor,
+    by_new_hooks,
+    by_a_compiler,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("cls", [DDPG, TD3])
+def test_what_somebody_changes_within_an_update_is_seen_at_once(
+    cls: Any, change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    for is_at_each_part in (False, True):
+        with monkeypatch.context() as patched:
+            if is_at_each_part:
+                patched.setattr(Glance, "at", at_each_part)
+            model = cls("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **OFF_POLICY).learn(30)
+            change(model)
+            model.train(6)
+            states.append(model.policy.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_an_update_within_an_update_leaves_no_trust() -> None:
+    model = td3().learn(30)
+    with model._updating():
+        model.train(2)
+    calls: list[Any] = []
+    hook(model, calls)
+    model.critic(torch.zeros(1, 3), torch.zeros(1, 1))
+    assert len(calls) == 1
+
+
+def test_nothing_is_so_where_nobody_has_looked() -> None:
+    model = td3().learn(30)
+    with model._updating():
+        assert not Look().is_still_so()
+
+
+def test_targets_follow_a_buffer_that_a_layer_was_given_later() -> None:
+    model = DDPG("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL, **OFF_POLICY).learn(30)
+    for network in (model.critic, model.critic_target):
+        network.q_networks[0].q_net[0].register_buffer("mask", torch.ones(3))
+    model.critic.q_networks[0].q_net[0].mask.zero_()
+    model.train(1)
+    assert not model.critic_target.q_networks[0].q_net[0].mask.any()
 
 
 class HooksIn(TD3):
