@@ -334,7 +334,7 @@ class Rendered(gymnasium.Env[np.ndarray, Any]):
         allowed = {"action_mask": np.arange(3) == self.now % 3} if self.masks else {}
         return np.array([np.sin(self.now), 1], np.float32), allowed
 
-    def render(self) -> np.ndarray:  # type: ignore[override]  # as gymnasium's own
+    def render(self) -> Any:
         return np.zeros((16, 16, 3), np.uint8)
 
 
